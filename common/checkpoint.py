@@ -1,0 +1,778 @@
+"""``CheckpointManager``: when to save, what to keep, what to restore, and when to stop."""
+
+import atexit
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from .encoding import History, decode, encode, plain_json
+from .errors import CheckpointError, ConfigChanged, InvalidCheckpoint, StopRequested, WriteFailed
+from .faults import Faults
+from .manifest import (
+    FILE_NAME,
+    FileInfo,
+    Manifest,
+    check_config,
+    check_file,
+    differences,
+    environment,
+    hash_file,
+    verify,
+)
+from .policy import KeepBest, SaveEvery, to_delete
+from .report import TrainingCard
+from .snapshot import Snapshot, StateFile
+from .stop import StopWatch
+from .store import DirectoryStore, Entry, Store, check_name
+from .writer import Writer
+
+TENSORS, TREE = "state.safetensors", "state.json"
+
+# names a checkpoint in its store: a dict in Metaflow's, a path in a directory; None: there is none
+Reference = dict[str, Any] | str | os.PathLike[str] | None
+
+
+class State(Protocol):
+    """What the manager saves and restores; :class:`common.TrainState` is one.
+
+    After a step that ends an epoch ``step_in_epoch`` still counts that epoch's steps; ``epoch_end`` sets it to 0. A
+    training restored in between finds no batch left in its epoch, and still has to end it.
+    """
+
+    step: int  # optimizer steps done
+    epoch: int  # epochs finished
+    step_in_epoch: int  # optimizer steps done in the epoch in progress
+    history: History  # a list of records, oldest first; the records never change
+
+    def state_dict(self) -> dict[str, Any]:
+        """A tree of dicts, lists, tuples, numbers, strings, bytes, tensors and numpy arrays."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Receives an equal tree; tensors come back as CPU tensors, arrays as numpy arrays, both its own to keep."""
+        ...
+
+    def log(self, metrics: Mapping[str, Any], **position: int) -> dict[str, Any]:
+        """Append a record to the history and return the metrics as plain numbers."""
+        ...
+
+
+class CheckpointManager:
+    """Saves a training when due and brings it back, bit for bit, after any kill. Use it in a ``with`` block.
+
+    Args:
+        place: ``current.checkpoint`` in a Metaflow step, ``metaflow.Checkpoint()`` in a process that the step starts,
+            or a directory.
+        save_every: steps (``20``), time (``"10m"``), both (``"500,10m"``), or None: at the end of each epoch.
+        keep_last: how many of the newest checkpoints to keep. With 2, one may get damaged and nothing is lost.
+        keep_best: ``(metric, "min" | "max")`` or ``(metric, direction, count)``: keep those too.
+        resume_from: another run, ``"RUN"`` or ``"RUN@STEP"`` (with a directory as place: ``"DIRECTORY[@STEP]"``),
+            that a training without a checkpoint of its own continues.
+        allow_changes: continue a checkpoint although the configuration differs.
+        exact: refuse a checkpoint made with other library versions, another thread count or device, instead of
+            warning.
+        fresh: delete what the directory holds and start anew.
+        card: ``current.card["training"]`` of a step with ``@card(type="blank", id="training")``: the training is drawn
+            on it, about once a second, without waiting for it. None: nothing is drawn.
+
+    Attributes:
+        directory: a working directory for the training's own files, gone when the process ends.
+
+    Raises:
+        CheckpointError: for bad arguments and places that cannot be written, before anything is written.
+    """
+
+    def __init__(
+        self,
+        place: Any = "checkpoints",
+        *,
+        save_every: int | str | None = None,
+        keep_last: int = 2,
+        keep_best: tuple[Any, ...] | None = None,
+        resume_from: str | None = None,
+        allow_changes: bool = False,
+        exact: bool = False,
+        fresh: bool = False,
+        card: Any = None,
+    ) -> None:
+        self._save_every = SaveEvery.parse(save_every)
+        if keep_last < 1:
+            raise CheckpointError(f"keep_last is {keep_last}: at least the newest checkpoint must be kept")
+        self._keep_last = keep_last
+        self._keep_best = KeepBest(*keep_best) if keep_best else None
+        self._resume_from = resume_from or None
+        self._allow_changes, self._exact = allow_changes, exact
+        self._store = _open_store(place, fresh)
+        try:
+            self._events = self._store.events
+            self._faults = Faults(self._events)
+            self.directory = self._store.work_directory()
+        except BaseException:
+            self._store.close()
+            raise
+        self._snapshot = Snapshot()
+        self._writer = Writer()
+        self._stop = StopWatch()
+        self._stopped: StopRequested | None = None
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._entries: list[Entry] = []
+        self._damaged: list[Entry] = []
+        self._config: dict[str, Any] | None = None
+        self._environment: dict[str, Any] = {}
+        self._sequence = 0
+        self._best: float | None = None
+        self._last_save = (time.monotonic(), -1)  # when, and at which step
+        self._saved_position: tuple[int, int] | None = None
+        self._overdue = self._reserved = False
+        self._saves = 0
+        self._step: int | None = None  # the newest that this attempt has done
+        self._blocked, self._blocking_now = 0.0, False  # seconds that saving has kept the training waiting
+        self._card = TrainingCard(card, self._events, self._progress) if card else None
+        self._total_steps: int | None = None
+        self._open = False
+        self._closed = False
+
+    # ---------------------------------------------------------------- life
+
+    def __enter__(self) -> "CheckpointManager":
+        self._open = True
+        self._stop.start()
+        atexit.register(self._close)
+        best = self._keep_best
+        rule = {"keep_last": self._keep_last, "keep_best": best and [best.metric, best.mode, best.count]}
+        self._events.add("started", pid=self._pid, where=self._store.where, **rule)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if os.getpid() != self._pid:
+            return
+        if kind is None:
+            try:
+                with self._blocking():
+                    self._writer.drain()
+                    self._delete_old()
+            except BaseException as late:
+                self._end(late)
+                raise
+            self._end(self._stopped)
+            if self._stopped is not None:  # `except Exception` in the training swallowed it
+                raise self._stopped
+            return
+        with contextlib.suppress(Exception):  # the error in hand matters more
+            self._writer.drain()
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        details: dict[str, Any] = {}
+        if error is not None:
+            details = {"error": type(error).__name__, "message": str(error).splitlines()[0][:500] if str(error) else ""}
+        with contextlib.suppress(OSError):
+            self._events.add("ended", **self._progress(), **details)
+        if self._card is not None:
+            self._card.close(done=error is None)
+        self._open = False
+        with contextlib.suppress(Exception):
+            self._writer.close()
+        self._stop.end(deliver=error is None)
+
+    def _close(self) -> None:
+        # at exit of the process: the working directory outlives the `with` block, the model in it is saved after
+        if os.getpid() == self._pid and not self._closed:
+            self._closed = True
+            with contextlib.suppress(Exception):
+                self._writer.close()
+            self._store.close()
+
+    def _check(self) -> None:
+        if os.getpid() != self._pid:
+            raise CheckpointError(
+                f"this CheckpointManager belongs to process {self._pid}: only one process may save. Give each worker "
+                "process that needs one its own."
+            )
+        if self._stopped is not None:
+            raise self._stopped
+        if not self._open:
+            raise CheckpointError("use the CheckpointManager in a `with` block: its end is when everything is stored")
+
+    # ---------------------------------------------------------------- restore
+
+    def restore(self, state: State, config: Any = None, *, total_steps: int | None = None) -> bool:
+        """Put the newest valid checkpoint into ``state``; say in one line what was found.
+
+        Args:
+            state: receives the checkpoint.
+            config: what the result depends on: a dataclass or a dict of plain values, with the data set's name and
+                the commit of a base model where there are such. A checkpoint made under another one is refused.
+            total_steps: optimizer steps of the whole training, where known: the epoch that reaches them is always
+                saved, and a start that finds them done says so.
+
+        Returns:
+            Whether there was something to restore.
+
+        Raises:
+            ConfigChanged: the checkpoint was made under another configuration (the message has the difference).
+            CheckpointError: the checkpoint holds other objects than ``state``.
+        """
+        self.draw(lambda: state.history)
+        chosen = self._choose(config, total_steps, lambda directory, manifest: _read_state(directory, manifest))
+        if chosen is None:
+            return False
+        entry, tree = chosen
+        if not isinstance(tree, dict):
+            raise CheckpointError(f"{entry.where} holds files of a framework, not a TrainState")
+        state.load_state_dict(cast("dict[str, Any]", tree))
+        return True
+
+    def restore_files(self, config: Any = None, *, total_steps: int | None = None) -> Path | None:
+        """Like :meth:`restore` for a checkpoint made of a framework's own files (:meth:`save_files`).
+
+        Returns a private directory with the verified files, or None when there is nothing to restore.
+        """
+        chosen = self._choose(config, total_steps, self._private_copy)
+        return None if chosen is None else chosen[1]
+
+    def draw(self, history: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+        """For adapters that call :meth:`restore_files`: where the card finds the metrics. Asked on another thread."""
+        if self._card is not None:
+            self._card.history = history
+
+    def _choose(
+        self, config: Any, total_steps: int | None, read: Callable[[Path, Manifest], Any]
+    ) -> tuple[Entry, Any] | None:
+        self._check()
+        self._config = _config_dict(config)
+        self._environment = environment()
+        self._total_steps = total_steps
+        listing = self._store.listing()
+        rejected = list(listing.faults)
+        self._entries = [entry for entry in listing.entries if entry.managed]
+        plain = len(listing.entries) - len(self._entries)
+        found = len(self._entries)
+        self._sequence = max((entry.sequence for entry in self._entries), default=-1) + 1
+        chosen = self._newest_valid(self._entries, None, rejected, read)
+        source = self._resume_from or self._store.origin()
+        moved_from: Entry | None = None
+        if chosen is None and source:
+            name, _, step = source.partition("@")
+            if step and not step.isdigit():
+                raise CheckpointError(f"resume_from is {source!r}: write RUN or RUN@STEP, with STEP a number")
+            try:
+                other = self._store.list_other(name)
+            except CheckpointError:
+                if self._resume_from:
+                    raise
+                other = None  # Metaflow's `resume` of a run that died before its first checkpoint
+            if other is not None:
+                rejected += other.faults
+                candidates = [entry for entry in other.entries if entry.managed]
+                found += len(candidates)
+                chosen = self._newest_valid(candidates, int(step) if step else None, rejected, read)
+                if chosen is None and self._resume_from:
+                    steps = ", ".join(str(entry.step) for entry in candidates) or "none"
+                    raise CheckpointError(
+                        f"resume_from is {source!r}: there is no valid checkpoint to continue from. Its steps: {steps}."
+                        + "".join(f"\n  rejected {text}" for text in rejected)
+                    )
+                if chosen is not None:
+                    moved_from = chosen[0]
+                    self._adopt(chosen[0], candidates)
+        self._damaged = [entry for entry in self._damaged if entry in self._entries]
+        self._entries = [entry for entry in self._entries if entry not in self._damaged]
+        if self._keep_best and (ranked := self._keep_best.rank(self._entries)):
+            self._best = self._keep_best.value(ranked[0])
+        self._say(found, plain, rejected, chosen[0] if chosen else None, moved_from)
+        if self._card is not None:
+            self._card.start(total_steps)
+        return chosen
+
+    def _newest_valid(
+        self, entries: list[Entry], step: int | None, rejected: list[str], read: Callable[[Path, Manifest], Any]
+    ) -> tuple[Entry, Any] | None:
+        for entry in reversed(entries):
+            if step is not None and entry.step != step:
+                continue
+            try:
+                directory = self._store.open(entry)
+                manifest = Manifest.read(directory)
+                self._check_fingerprint(manifest, entry)
+                content = read(directory, manifest)
+            except InvalidCheckpoint as error:
+                rejected.append(f"step {entry.step} ({error})")
+                self._damaged.append(entry)
+                continue
+            return entry, content
+        return None
+
+    def _check_fingerprint(self, manifest: Manifest, entry: Entry) -> None:
+        where = f"the checkpoint of step {entry.step} ({entry.where})"
+        try:
+            check_config(manifest, self._config or {}, where)
+        except ConfigChanged as error:
+            if not self._allow_changes:
+                raise
+            print(f"[checkpoints] continuing on purpose: {error}".rpartition("\n")[0], flush=True)
+        lines = differences(manifest.environment, self._environment)
+        if lines:
+            message = f"{where} was made in another environment: " + "; ".join(lines)
+            if self._exact:
+                raise ConfigChanged(
+                    f"{message}. With --exact that is refused: the result could differ in the last bits."
+                )
+            print(f"[checkpoints] warning: {message}; the result may differ in the last bits", flush=True)
+
+    def _adopt(self, chosen: Entry, candidates: list[Entry]) -> None:
+        # the restored state is committed to this task at once, with the best one if that is another
+        best = self._keep_best.rank([e for e in candidates if e.sequence <= chosen.sequence]) if self._keep_best else []
+        for entry in [*(entry for entry in best[:1] if entry != chosen), chosen]:
+            try:
+                directory = self._store.open(entry)
+                manifest = dataclasses.replace(Manifest.read(directory), sequence=self._sequence)
+                if manifest.config != self._config and self._config is not None:
+                    manifest = dataclasses.replace(manifest, config=self._config)
+                staged = self._store.stage()
+                _copy_verified(directory, manifest, staged)
+            except InvalidCheckpoint:
+                continue  # the best one is damaged; the chosen one was just verified
+            manifest.write(staged)
+            self._entries.append(self._store.commit(staged, manifest))
+            self._sequence += 1
+
+    def _say(self, found: int, plain: int, rejected: list[str], chosen: Entry | None, moved_from: Entry | None) -> None:
+        attempt = self._events.attempt
+        self._events.add("found", checkpoints=found, rejected=rejected)
+        parts = [f"attempt {attempt}: found {found} checkpoint{'' if found == 1 else 's'}"]
+        if plain:
+            parts.append(f"{plain} of plain save() left alone")
+        if rejected:
+            parts.append("rejected " + ", ".join(rejected))
+        if chosen is not None:
+            self._last_save = (time.monotonic(), chosen.step)
+            place = f"resumed at step {chosen.step}"
+            if chosen.epoch:
+                place += f" (epoch {chosen.epoch})"
+            parts.append(place + (f" of {moved_from.where}" if moved_from else ""))
+            if self._total_steps is not None and chosen.step >= self._total_steps:
+                parts.append("all steps are done" + (", --fresh starts anew" if self._is_directory else ""))
+            self._events.add("resumed", step=chosen.step, epoch=chosen.epoch, source=chosen.where)
+        elif found or rejected:
+            parts.append("NONE IS VALID, training starts again from step 0")
+        else:
+            parts.append("training starts at step 0")
+        print("[checkpoints] " + "; ".join(parts), flush=True)
+
+    @property
+    def _is_directory(self) -> bool:
+        return isinstance(self._store, DirectoryStore)
+
+    # ---------------------------------------------------------------- save
+
+    def step(self, state: State, metrics: Mapping[str, Any] | None = None) -> None:
+        """Count an optimizer step, record its metrics if given, save when due, stop when asked.
+
+        Raises:
+            StopRequested: SIGTERM, Ctrl-C or the approach of ``@timeout``; the step is saved. Raised again by every
+                later call.
+            WriteFailed: the checkpoint before this one could not be written.
+            CheckpointError: a metric is not a finite number.
+        """
+        with self._lock:
+            self._check()
+            state.step += 1
+            state.step_in_epoch += 1
+            if not self._reserved and not self._saves:  # only now do most optimizers have their state
+                self._reserved = True
+                size = sum(array.nbytes for array in encode(state.state_dict())[1].values())
+                self._writer.submit(lambda: self._snapshot.reserve(size))
+            plain = state.log(metrics) if metrics else {}
+            self._boundary(state.step, lambda: self._save_state(state, plain))
+
+    def epoch_end(self, state: State, metrics: Mapping[str, Any] | None = None) -> None:
+        """Count an epoch, record its metrics, save when due or when the metric of ``keep_best`` is better than ever.
+
+        The last epoch (see ``total_steps`` of :meth:`restore`) is always saved. Raises as :meth:`step` does.
+        """
+        with self._lock:
+            self._check()
+            metrics = metrics or {}
+            self._check_epoch(metrics)
+            state.epoch += 1
+            state.step_in_epoch = 0
+            plain = state.log(metrics, epoch=state.epoch)
+            last = self._total_steps is not None and state.step >= self._total_steps
+            self._epoch_boundary(plain, lambda: self._save_state(state, plain), last)
+
+    def save(self, state: State, metrics: Mapping[str, Any] | None = None, *, name: str | None = None) -> None:
+        """Save now. A checkpoint with a ``name`` ([A-Za-z0-9_-]) is never deleted by ``keep_last``."""
+        with self._lock, self._blocking():
+            self._check()
+            self._save_state(state, _plain_metrics(metrics, state.step), None if name is None else check_name(name))
+
+    def save_files(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        step: int,
+        epoch: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Save a directory of a framework's own files as the checkpoint of ``step``.
+
+        The files are copied before this returns, so the framework may change or delete them; hashing and committing
+        happen in the background.
+        """
+        with self._lock, self._blocking():
+            self._check()
+            files = sorted(path for path in Path(source).rglob("*") if path.is_file())
+            if not files:
+                raise CheckpointError(f"save_files: {source} is missing or has no files")
+            plain = _plain_metrics(metrics, step)
+            manifest = self._manifest(step, epoch, plain, None if name is None else check_name(name))
+            self._writer.drain()
+            staged = self._stage(step)
+            for path in files:
+                target = staged / path.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
+            def write(directory: Path) -> dict[str, FileInfo]:
+                self._faults.in_save(self._saves, step)
+                return {
+                    str(path.relative_to(directory)): hash_file(path)
+                    for path in sorted(directory.rglob("*"))
+                    if path.is_file()
+                }
+
+            self._submit(manifest, staged, write)
+
+    def boundary(self, step: int, save: Callable[[], None], *, savable: bool = True) -> None:
+        """For adapters of frameworks that own the loop: ``step`` is done; call ``save`` when due or asked to stop.
+
+        With ``savable=False`` only an earlier step can be saved (XGBoost inside a segment): a checkpoint that falls due
+        waits for the next savable step; asked to stop, ``save`` is called all the same and saves that earlier step.
+        """
+        with self._lock:
+            self._check()
+            self._boundary(step, save, savable)
+
+    def epoch_boundary(self, metrics: Mapping[str, Any], save: Callable[[], None], *, last: bool) -> None:
+        """For those adapters: an epoch, or the ``last``, is done; call ``save`` when :meth:`epoch_end` would."""
+        with self._lock:
+            self._check()
+            self._check_epoch(metrics)
+            self._epoch_boundary(metrics, save, last)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after ``step``, by ``save_every``."""
+        return self._save_every.due(step, self._last_save[0])
+
+    def stop_if_asked(self, save: Callable[[], None]) -> None:
+        """Save and raise StopRequested when a signal, the spot notice or ``@timeout`` asks for it."""
+        reason = self._stop.reason()
+        if reason is None:
+            return
+        with self._blocking():
+            save()
+            self._writer.drain()
+        step = self._last_save[1]
+        self._stopped = StopRequested(
+            f"stopped at step {step}: {reason}. The state is saved; a retry continues from it."
+            if step >= 0
+            else f"stopped before the first checkpoint: {reason}. A retry starts at step 0."
+        )
+        print(f"[checkpoints] {self._stopped}", flush=True)
+        raise self._stopped
+
+    def _boundary(self, step: int, save: Callable[[], None], savable: bool = True) -> None:
+        first, self._step = self._step is None, step
+        if first:  # how long it took to get going; the card's thread adds how far it got
+            self._events.add("progress", step=step)
+        self._faults.at_step(step)
+        self._overdue = self._overdue or self.is_due(step)
+        if self._overdue and savable:
+            self._overdue = False
+            with self._blocking():
+                save()
+        self.stop_if_asked(save)
+
+    @contextlib.contextmanager
+    def _blocking(self) -> Generator[None]:
+        if self._blocking_now:  # a save inside of a save: an adapter's
+            yield
+            return
+        self._blocking_now, began = True, time.monotonic()
+        try:
+            yield
+        finally:
+            self._blocking_now = False
+            self._blocked += time.monotonic() - began
+
+    def _progress(self) -> dict[str, Any]:
+        return {"step": self._step, "blocked": round(self._blocked, 4)}
+
+    def _check_epoch(self, metrics: Mapping[str, Any]) -> None:
+        if self._keep_best and self._keep_best.metric not in metrics:
+            raise CheckpointError(
+                f"keep_best names {self._keep_best.metric!r}, but the metrics of this epoch are {sorted(metrics)}"
+            )
+
+    def _epoch_boundary(self, metrics: Mapping[str, Any], save: Callable[[], None], last: bool) -> None:
+        if self._save_every.per_epoch or last or self._is_best(metrics):
+            with self._blocking():
+                save()
+        self.stop_if_asked(save)
+
+    def _is_best(self, metrics: Mapping[str, Any]) -> bool:
+        if self._keep_best is None:
+            return False
+        value = float(metrics[self._keep_best.metric])
+        return self._best is None or (value < self._best if self._keep_best.mode == "min" else value > self._best)
+
+    def _manifest(self, step: int, epoch: int | None, metrics: dict[str, Any], name: str | None) -> Manifest:
+        manifest = Manifest(
+            step=step,
+            epoch=epoch,
+            sequence=self._sequence,
+            metrics=metrics,
+            config=self._config or {},
+            environment=self._environment or environment(),
+            files={},
+            name=name,
+            resumed_from=self.resumed_from,
+        )
+        self._sequence += 1
+        return manifest
+
+    def _save_state(self, state: State, metrics: dict[str, Any], name: str | None = None) -> None:
+        if name is None and self._saved_position == (state.step, state.epoch):
+            return  # nothing has happened since
+        self._writer.drain()  # the buffer is in use until then
+        tree, arrays = encode(state.state_dict())
+        self._snapshot.take(arrays)
+        manifest = self._manifest(state.step, state.epoch, metrics, name)
+
+        def write(directory: Path) -> dict[str, FileInfo]:
+            files: dict[str, FileInfo] = {}
+            files[TENSORS] = FileInfo(*self._snapshot.write(directory / TENSORS))
+            self._faults.in_save(number, state_step)
+            with open(directory / TREE, "x", encoding="utf-8") as file:
+                json.dump(tree, file, separators=(",", ":"), allow_nan=False)
+                file.flush()
+                os.fsync(file.fileno())
+            files[TREE] = hash_file(directory / TREE)
+            return files
+
+        staged = self._stage(state.step)
+        number, state_step = self._saves, state.step
+        self._submit(manifest, staged, write)
+        self._saved_position = (state.step, state.epoch)
+
+    def _stage(self, step: int) -> Path:
+        self._saves += 1
+        try:
+            return self._store.stage()
+        except OSError as error:
+            raise self._write_failed(step, error) from error
+
+    def _submit(self, manifest: Manifest, staged: Path, write: Callable[[Path], dict[str, FileInfo]]) -> None:
+        began = time.monotonic()
+
+        def job() -> None:
+            try:
+                complete = dataclasses.replace(manifest, files=write(staged))
+                complete.write(staged)
+                entry = self._store.commit(staged, complete)
+                self._entries.append(entry)
+                self._stop.saved(time.monotonic() - began)
+                size = sum(info.size for info in complete.files.values())
+                took, blocked = round(time.monotonic() - began, 4), round(self._blocked, 4)
+                self._events.add("saved", step=entry.step, epoch=entry.epoch, metrics=entry.metrics, bytes=size,
+                                 seconds=took, blocked=blocked)  # fmt: skip
+                self._delete_old()
+            except OSError as error:
+                shutil.rmtree(staged, ignore_errors=True)
+                raise self._write_failed(manifest.step, error) from error
+
+        self._writer.submit(job)
+        self._last_save = (time.monotonic(), manifest.step)
+        if self._keep_best and self._keep_best.metric in manifest.metrics and self._is_best(manifest.metrics):
+            self._best = float(manifest.metrics[self._keep_best.metric])
+
+    def _write_failed(self, step: int, error: OSError) -> WriteFailed:
+        kept = (
+            f"the checkpoint of step {self._entries[-1].step} is kept" if self._entries else "there is none before it"
+        )
+        return WriteFailed(
+            f"the checkpoint of step {step} could not be written to {self._store.where}: {error.strerror or error}; "
+            f"{kept}. Free some space or choose another place, then start again: the training continues from there."
+        )
+
+    def _delete_old(self) -> None:
+        # runs after a commit only, so there is always a newer valid checkpoint than what goes
+        doomed = [*self._damaged, *to_delete(self._entries, self._keep_last, self._keep_best)]
+        for entry in doomed if self._saves else []:
+            self._store.delete(entry)
+            self._entries = [other for other in self._entries if other is not entry]
+            self._events.add("deleted", step=entry.step)
+        if self._saves:
+            self._damaged = []
+
+    # ---------------------------------------------------------------- look and load
+
+    @property
+    def latest(self) -> Any:
+        """The newest checkpoint's reference: a dict that Metaflow loads, or a path. None before the first one."""
+        self._settle()
+        return self._entries[-1].reference if self._entries else None
+
+    @property
+    def best(self) -> Any:
+        """The reference of the checkpoint with the best metric of ``keep_best``; None when there is none."""
+        self._settle()
+        ranked = self._keep_best.rank(self._entries) if self._keep_best else []
+        return ranked[0].reference if ranked else None
+
+    @property
+    def resumed_from(self) -> list[int]:
+        """The steps that the attempts of this training resumed from, in order."""
+        return [event["step"] for event in self._events.all() if event["event"] == "resumed"]
+
+    def load_state(self, reference: Reference) -> dict[str, Any]:
+        """The verified state of a checkpoint (``checkpoints.latest``, ...) as a private tree. Raises InvalidCheckpoint.
+
+        For the best one use :meth:`load_best`, which takes the next best when that one is damaged.
+        """
+        self._settle()
+        directory = self._store.open(self._find(reference))
+        return _read_state(directory, Manifest.read(directory))
+
+    def load_best(self) -> dict[str, Any]:
+        """The verified state with the best metric of ``keep_best``, as a private tree.
+
+        A damaged one is named and the next best is taken. Raises InvalidCheckpoint when none is left.
+        """
+        return self._best_valid(self.load_state)
+
+    def load_best_files(self) -> Path:
+        """Like :meth:`load_best` for a checkpoint made of a framework's own files: a private directory with them."""
+        return self._best_valid(self.load_files)
+
+    def _best_valid(self, load: Callable[[Reference], Any]) -> Any:
+        self._settle()
+        if self._keep_best is None:
+            raise CheckpointError("load_best needs CheckpointManager(keep_best=(metric, direction))")
+        for entry in self._keep_best.rank(self._entries):
+            try:
+                return load(entry.reference)
+            except InvalidCheckpoint as error:
+                print(f"[checkpoints] the best checkpoint, step {entry.step}, is damaged: {error}", flush=True)
+                self._events.add("rejected", step=entry.step, reason=str(error))
+        raise InvalidCheckpoint(f"no valid checkpoint has the metric {self._keep_best.metric!r} of keep_best")
+
+    def load_files(self, reference: Reference, into: str | os.PathLike[str] | None = None) -> Path:
+        """A private copy of a checkpoint's files, also of one that plain ``save()`` wrote, which is not verified.
+
+        Raises InvalidCheckpoint when the files are not what the manifest says.
+        """
+        self._settle()
+        entry = self._find(reference)
+        directory = self._store.open(entry)
+        target = self._store.work_directory() if into is None else Path(into)
+        if entry.managed:
+            return self._private_copy(directory, Manifest.read(directory), target)
+        if isinstance(reference, dict) and reference.get("storage_format") == "tar":
+            raise CheckpointError(
+                f"{entry.where} was saved as a tar, which could write outside of its directory: load it with "
+                "current.checkpoint.load if you trust who wrote it"
+            )
+        shutil.copytree(directory, target, dirs_exist_ok=True)
+        return target
+
+    def _find(self, reference: Reference) -> Entry:
+        if reference is None:
+            raise CheckpointError("there is no such checkpoint yet")
+        for entry in self._entries:
+            if entry.reference == reference:
+                return entry
+        managed = True
+        if isinstance(reference, dict):
+            metadata: dict[str, Any] = reference.get("metadata") or {}
+            managed = bool(metadata.get("managed"))
+        return Entry(str(reference), reference, str(reference), managed=managed)
+
+    def _settle(self) -> None:
+        if os.getpid() == self._pid:
+            self._writer.drain()
+
+    def _private_copy(self, directory: Path, manifest: Manifest, into: Path | None = None) -> Path:
+        target = self._store.work_directory() if into is None else into
+        target.mkdir(parents=True, exist_ok=True)
+        _copy_verified(directory, manifest, target)
+        return target
+
+
+def _open_store(place: Any, fresh: bool) -> Store:
+    if isinstance(place, (str, os.PathLike)):
+        return DirectoryStore(cast("str | os.PathLike[str]", place), fresh=fresh)
+    if not (hasattr(place, "save") and hasattr(place, "load") and hasattr(place, "list")):
+        raise CheckpointError(
+            f"place is a {type(place).__name__}: give current.checkpoint, metaflow.Checkpoint() or a directory"
+        )
+    if fresh:
+        raise CheckpointError("fresh deletes a directory of checkpoints; a Metaflow run is fresh on its own")
+    from .metaflow_store import MetaflowStore
+
+    return MetaflowStore()
+
+
+def _config_dict(config: Any) -> dict[str, Any]:
+    if config is None:
+        return {}
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    plain = plain_json(config, "config")
+    if not isinstance(plain, dict):
+        raise CheckpointError(f"config is a {type(config).__name__}: give a dataclass or a dict of plain values")
+    return cast("dict[str, Any]", plain)
+
+
+def _plain_metrics(metrics: Mapping[str, Any] | None, step: int) -> dict[str, Any]:
+    return {key: plain_json(value, f"metric {key!r} at step {step}") for key, value in (metrics or {}).items()}
+
+
+def _read_state(directory: Path, manifest: Manifest) -> dict[str, Any]:
+    """Read and verify in one pass: the bytes that are checked are the bytes that are used."""
+    _check_names(directory, manifest)
+    if TENSORS not in manifest.files:
+        raise CheckpointError(f"the checkpoint of step {manifest.step} holds files of a framework, not a TrainState")
+    tensors = StateFile(directory / TENSORS)
+    check_file(TENSORS, manifest.files[TENSORS], FileInfo(tensors.size, tensors.xxh3_128))
+    verify(directory, dataclasses.replace(manifest, files={TREE: manifest.files[TREE]}))
+    tree = json.loads((directory / TREE).read_text(encoding="utf-8"))
+    return decode(tree, tensors.tensor, tensors.array)
+
+
+def _copy_verified(directory: Path, manifest: Manifest, target: Path) -> None:
+    _check_names(directory, manifest)
+    for name in manifest.files:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(directory / name, target / name)
+    verify(target, manifest)
+
+
+def _check_names(directory: Path, manifest: Manifest) -> None:
+    present = {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
+    missing = set(manifest.files) - present
+    if missing:
+        raise InvalidCheckpoint(f"{sorted(missing)[0]} is missing")
+    extra = present - set(manifest.files) - {FILE_NAME}
+    if extra:
+        raise InvalidCheckpoint(f"{sorted(extra)[0]} does not belong to it")

@@ -1,0 +1,70 @@
+"""Isolation of every test run, discovery of the examples, and the runs that tests share."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# before metaflow is imported anywhere: its configuration is read once
+_SCRATCH = tempfile.TemporaryDirectory(prefix="gallery-tests-", ignore_cleanup_errors=True)
+_ROOT = Path(_SCRATCH.name)
+os.environ.update(
+    METAFLOW_USER="tester",
+    METAFLOW_HOME=str(_ROOT / "home"),
+    METAFLOW_DATASTORE_SYSROOT_LOCAL=str(_ROOT),
+    METAFLOW_CARD_LOCALROOT=str(_ROOT / "cards"),
+    METAFLOW_DEFAULT_DATASTORE="local",
+    METAFLOW_DEFAULT_METADATA="local",
+    CUDA_VISIBLE_DEVICES="",
+    HF_HUB_OFFLINE="1",
+    HF_HOME=str(_ROOT / "hf"),
+    TF_CPP_MIN_LOG_LEVEL="2",
+    OMP_NUM_THREADS="1",  # two threads on two busy cores spend their time waiting for each other
+)
+os.environ.pop("FAULTS", None)
+
+import gallery  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--example", action="append", help="test only this example (may be repeated)")
+    parser.addoption("--all", action="store_true", help="also run what does not fit into the ordinary suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: runs with --all only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run with --all"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "example" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--example")
+        examples = [example for example in gallery.discover() if not chosen or example.name in chosen]
+        unknown = set(chosen or []) - {example.name for example in examples}
+        if unknown:
+            raise pytest.UsageError(f"--example {unknown.pop()}: there is no such directory with an example.toml")
+        # one worker does all tests of an example, so that its runs are made once
+        marks = [pytest.param(e, id=e.name, marks=pytest.mark.xdist_group(e.name)) for e in examples]
+        metafunc.parametrize("example", marks, scope="session")
+
+
+@pytest.fixture(scope="session")
+def straight_run(example: gallery.Example) -> gallery.FlowRun:
+    """The example's flow with its smoke arguments, left alone."""
+    return gallery.run_flow(example, *example.smoke)
+
+
+@pytest.fixture(scope="session")
+def trainings(example: gallery.Example) -> Iterator[gallery.Trainings]:
+    """Runs of the example's train.py in forked children; see zygote.py."""
+    trainings = gallery.Trainings(example)
+    yield trainings
+    trainings.close()

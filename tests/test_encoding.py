@@ -1,0 +1,142 @@
+"""The encoding is exact, and refuses what it cannot say exactly."""
+
+import collections
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.encoding import History, decode, encode, plain_json
+from common.errors import CheckpointError
+from common.snapshot import Snapshot, StateFile
+
+
+def through_a_file(tree, directory):
+    encoded, arrays = encode(tree)
+    snapshot = Snapshot()
+    snapshot.take(arrays)
+    path = directory / "state.safetensors"
+    path.unlink(missing_ok=True)
+    snapshot.write(path)
+    stored = StateFile(path)
+    return decode(json.loads(json.dumps(encoded, allow_nan=False)), stored.tensor, stored.array)
+
+
+def same(a, b) -> bool:
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float):
+        return (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
+    return a == b
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5)
+arrays = st.sampled_from(["bool", "uint8", "int16", "int64", "float16", "float32", "float64"]).flatmap(
+    lambda name: st.lists(st.integers(0, 3), max_size=3).map(lambda shape: np.ones(shape, name))
+)
+keys = st.text(max_size=4) | st.integers() | st.tuples(st.integers(), st.text(max_size=2))
+trees = st.recursive(
+    scalars | arrays,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(keys, inner, max_size=3)
+        | st.dictionaries(st.just("$tuple") | st.just("$x"), inner, max_size=2)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(trees)
+def test_any_tree_comes_back_exactly(tmp_path_factory, tree):
+    assert same(tree, through_a_file(tree, tmp_path_factory.mktemp("tree")))
+
+
+def test_what_optimizers_and_schedulers_hold(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not among this example's requirements")
+    tree = {
+        "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(3, 2).t()}, 1: {}},
+        "milestones": collections.Counter({3: 1, 5: 2}),
+        "betas": (0.9, 0.999),
+        "best": -math.inf,
+        "half": torch.randn(5).to(torch.bfloat16),
+        "scalar": np.float32(0.1),
+        "empty": torch.zeros(0, 3),
+        "size": torch.Size([2, 3]),
+    }
+    back = through_a_file(tree, tmp_path)
+    assert back["state"].keys() == tree["state"].keys()
+    assert torch.equal(back["state"][0]["exp_avg"], tree["state"][0]["exp_avg"])
+    assert back["half"].dtype == torch.bfloat16 and torch.equal(back["half"], tree["half"])
+    assert type(back["milestones"]) is collections.Counter and back["milestones"] == tree["milestones"]
+    assert back["best"] == -math.inf and back["betas"] == (0.9, 0.999) and back["size"] == (2, 3)
+    assert type(back["scalar"]) is np.float32 and back["scalar"] == tree["scalar"]
+    assert back["empty"].shape == (0, 3)
+
+
+def test_any_safetensors_reader_opens_it(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    tree = {
+        "a": np.arange(6, dtype=np.int64).reshape(2, 3),
+        "odd": np.ones(3, bool),
+        "b": {"c": np.ones(2, np.float32)},
+    }
+    through_a_file(tree, tmp_path)
+    loaded = safetensors.load_file(tmp_path / "state.safetensors")
+    assert loaded.keys() == {"a", "odd", "b/c"} and (loaded["a"] == tree["a"]).all()
+
+
+def test_the_snapshot_is_of_one_point_in_time(tmp_path):
+    """G6: what happens to an array after take() is not in the file, also when the buffer is used again."""
+    value = np.zeros(1000, np.float32)
+    snapshot = Snapshot()
+    for number in range(3):
+        value[:] = number
+        _, arrays_of = encode({"value": value})
+        snapshot.take(arrays_of)
+        value[:] = -1
+        path = tmp_path / f"{number}.safetensors"
+        snapshot.write(path)
+        assert (StateFile(path).array("value") == number).all()
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, lambda: 0, np.array([object()]), {"deep": [{"er": object()}]}])
+def test_what_has_no_exact_form_is_refused_by_path(value):
+    with pytest.raises(CheckpointError, match="cannot save part") as error:
+        encode({"part": value})
+    if isinstance(value, dict):
+        assert "part/deep/0/er" in str(error.value)
+
+
+def test_names_that_collide_stay_apart(tmp_path):
+    tree = {"a": {"b": np.ones(1)}, "a/b": np.zeros(2)}
+    assert same(tree, through_a_file(tree, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, np.float32("nan"), object(), {"x": math.nan}, {1: 2}, [math.inf]]
+)
+def test_metrics_are_plain_and_finite(value):
+    with pytest.raises(CheckpointError, match="metric"):
+        plain_json(value, "metric 'loss'")
+
+
+def test_numpy_scalars_become_numbers():
+    assert plain_json({"a": np.float64(0.5), "b": np.int64(3), "c": np.array(2.0)}, "m") == {"a": 0.5, "b": 3, "c": 2.0}
+
+
+def test_history_is_copied_not_shared():
+    history = History([{"step": 1}])
+    encoded, _ = encode({"history": history})
+    history.append({"step": 2})
+    assert encoded["history"] == {"$history": [{"step": 1}]}

@@ -1,0 +1,212 @@
+"""The manager on Metaflow's own datastore: real flows, whose toy training takes no time."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toy
+from gallery import REPO, Example, FlowRun, run_flow
+
+TESTS = Example(REPO / "tests")
+
+
+def toy_flow(*arguments: str, **options) -> FlowRun:
+    return run_flow(TESTS, *arguments, file="toy_flow.py", flow_name="ToyFlow", **options)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return toy.run(tmp_path_factory.mktemp("straight"))
+
+
+def only(data, name):
+    (value,) = getattr(data, name)
+    return value
+
+
+@pytest.mark.xdist_group("toy_contract")
+def test_contract_with_the_library(straight):
+    """What the private parts are used for, what the public API accepts, and the way back without them."""
+    from metaflow import Checkpoint
+
+    data = toy_flow("--case", "contract").data
+    checks = only(data, "checks")
+    latest = only(data, "latest_checkpoint")
+    assert latest in Checkpoint().list(task=latest["pathspec"]), "Metaflow does not list the manager's reference"
+    assert (only(data, "digest"), only(data, "history")) == straight
+    assert checks["private"], "metaflow-checkpoint has moved: commits copy again, see common/metaflow_store.py"
+    assert checks["copies"] == 0, "a commit on the local datastore must not copy"
+    assert checks["plain"] == checks["plain_again"] == "plain"
+    assert "could write outside" in checks["tar"]
+    assert set(checks["listed"]) >= {"mine", "packed", "step-00000012"} and checks["newest_first"]
+    assert checks["types"] == ["int"]
+    assert checks["loaded"] == only(data, "files") == ["manifest.json", "state.json", "state.safetensors"]
+    assert checks["writable"] == []
+    assert checks["fallback_resumed"] == 12 and checks["fallback_latest"] == 14 and checks["fallback_restored"] == 14
+
+
+@pytest.mark.xdist_group("toy_damage")
+def test_every_damage_is_named_and_survived(straight):
+    """An unreadable pointer, record, state and a lost folder: each attempt meets another (H2, H3)."""
+    faults = ";".join(f"raise@step={step}" for step in (5, 7, 9, 11))
+    run = toy_flow("--case", "damage", faults=faults)
+    data = run.data
+    assert (only(data, "digest"), only(data, "history")) == straight
+    rejected = [event["rejected"] for event in run.events() if event["event"] == "found"]
+    assert rejected[0] == []
+    assert "the pointer 'latest' is unreadable" in rejected[1][0]
+    assert "is mended from its copy" in rejected[2][0]
+    assert "state.safetensors: its hash differs" in rejected[3][0]
+    assert "manifest.json is missing" in rejected[4][0]
+    assert only(data, "resumed_from") == [4, 6, 7, 9], "each time the newest valid one"
+    assert only(data, "checks")["torn"] == [], "the half-written files of a killed attempt were not swept"
+
+
+@pytest.mark.xdist_group("toy_children")
+def test_processes_of_one_task_cannot_mix_their_files(straight):
+    data = toy_flow("--case", "children").data
+    checks = only(data, "checks")
+    assert checks["exits"] == [0, 0, 0]
+    assert checks["saved"] == [first + n for first in (100, 200, 300) for n in (1, 2, 3, 4, 5)]
+
+
+@pytest.mark.xdist_group("toy_resume")
+def test_resume_and_resume_from_continue(straight):
+    """A run that failed for good is continued by ``resume``, and any checkpoint of it by a new run (H5)."""
+    dying = ";".join(f"raise@step={step}" for step in (3, 5, 6, 8, 9))
+    failed = toy_flow(faults=dying, check=False)
+    assert failed.returncode != 0
+    # a resumed run that dies before it saves anything must not lose the origin's place
+    nothing = toy_flow("--origin-run-id", failed.run_id, command="resume", faults="explode", check=False)
+    assert nothing.returncode != 0
+    resumed = toy_flow("--origin-run-id", nothing.run_id, command="resume")
+    assert (only(resumed.data, "digest"), only(resumed.data, "history")) == straight
+    assert only(resumed.data, "resumed_from") == [8]
+    new = toy_flow("--resume-from", f"{failed.run_id}@7")
+    assert (only(new.data, "digest"), only(new.data, "history")) == straight
+    assert only(new.data, "resumed_from") == [7]
+    assert f"ToyFlow/{failed.run_id}/train" in new.output
+    wrong = toy_flow("--resume-from", "123", check=False)
+    assert wrong.returncode != 0 and "run 123 of ToyFlow has no checkpoint of step 'train' that fits" in wrong.output
+
+
+@pytest.mark.xdist_group("toy_foreach")
+def test_each_branch_of_a_foreach_has_its_own(straight):
+    run = toy_flow("--branches", "2", faults="kill@step=6")
+    assert run.data.digest == [straight[0]] * 2
+    assert all(steps in ([4], [5]) for steps in run.data.resumed_from), "SIGKILL may take the save in flight"
+    again = toy_flow("--branches", "2", "--resume-from", run.run_id)
+    assert again.data.resumed_from == [[12], [12]]
+    sources = {event["source"] for event in again.events() if event["event"] == "resumed"}
+    assert len(sources) == 2, f"both branches continued the same task: {sources}"
+
+
+@pytest.mark.xdist_group("toy_foreach")
+def test_the_card_of_checkpoint_is_refused(tmp_path):
+    flow = [sys.executable, str(REPO / "tests" / "toy_flow.py"), "run"]
+    done = subprocess.run(flow, cwd=tmp_path, env={**os.environ, "TOY": "card"}, capture_output=True, text=True)
+    assert done.returncode != 0 and 'load_policy="none", show_card=False' in done.stdout + done.stderr
+
+
+@pytest.mark.xdist_group("toy_keep")
+def test_ctrl_c_saves_and_resume_continues():
+    """G5: the terminal sends SIGINT to all processes; Metaflow kills the task five seconds later."""
+    cwd = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"])
+    flow = subprocess.Popen(
+        [sys.executable, str(REPO / "tests/toy_flow.py"), "run", "--case", "slow", "--run-id-file", "interrupted"],
+        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    output = ""
+    for line in flow.stdout:
+        output += line
+        if line.endswith("] step 4\n"):
+            os.killpg(flow.pid, signal.SIGINT)
+    flow.wait(timeout=60)
+    stopped = re.search(r"stopped at step ([0-9]+): SIGINT was received", output)
+    assert stopped and int(stopped[1]) >= 5, output[-3000:]
+    resumed = toy_flow("--origin-run-id", (cwd / "interrupted").read_text().strip(), command="resume")
+    assert only(resumed.data, "resumed_from") == [int(stopped[1])]
+
+
+@pytest.mark.xdist_group("toy_keep")
+def test_keep_running_goes_on_beyond_the_retries(straight):
+    """Metaflow gives up after five attempts; keep-running resumes until it is done."""
+    faults = ";".join(f"raise@step={step}" for step in (3, 5, 6, 8, 9, 11))
+    cwd = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"])
+    command = [
+        sys.executable,
+        "-m",
+        "common",
+        "keep-running",
+        "--",
+        sys.executable,
+        str(REPO / "tests/toy_flow.py"),
+        "run",
+    ]
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, "FAULTS": faults}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "[keep-running] done after 2 runs" in done.stdout and "newest checkpoint of step 8" in done.stdout
+
+
+@pytest.mark.xdist_group("toy_keep")
+def test_keep_running_gives_up_when_nothing_gets_further():
+    cwd = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"])
+    flow = [sys.executable, str(REPO / "tests/toy_flow.py"), "run", "--resume-from", "nothing"]
+    done = subprocess.run(
+        [sys.executable, "-m", "common", "keep-running", "--", *flow],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0 and "three runs in a row" in done.stdout
+    wrong = subprocess.run([sys.executable, "-m", "common", "keep-running", "ls"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "error: keep-running needs the command of a flow" in wrong.stderr
+
+
+@pytest.mark.xdist_group("toy_s3")
+def test_everything_on_s3(straight, tmp_path):
+    """The same on an object store (a server on loopback): kill, resume, retention, @model(load=)."""
+    pytest.importorskip("moto.server", reason="moto is not installed")
+    import socket
+
+    import boto3
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    env = {
+        "METAFLOW_DEFAULT_DATASTORE": "s3", "METAFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "METAFLOW_DATASTORE_SYSROOT_S3": "s3://bucket/metaflow", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    try:
+        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
+                              aws_access_key_id="x", aws_secret_access_key="x")  # fmt: skip
+        for _ in range(100):
+            try:
+                client.create_bucket(Bucket="bucket")
+                break
+            except Exception:
+                time.sleep(0.2)
+        run = toy_flow("--case", "s3", faults="kill@step=6;kill@save=2,attempt=1", env=env)
+        keys = [item["Key"] for item in client.list_objects_v2(Bucket="bucket").get("Contents", [])]
+    finally:
+        server.kill()
+        server.wait()
+    assert "resumed at step 5" in run.output and "attempt 2: found" in run.output, run.output[-3000:]
+    kept = {key.split("/")[-2] for key in keys if key.endswith("/state.safetensors")}
+    assert 2 <= len(kept) <= 4, f"retention on S3: {kept}"
+    logs = [key for key in keys if "/events/" in key]
+    assert len(logs) == 3, logs

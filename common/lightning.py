@@ -148,6 +148,7 @@ class CheckpointCallback(pl.callbacks.Checkpoint):
         """
         directory = self._checkpoints.restore_files(config, total_steps=total_steps)
         self._restored = True
+        self._checkpoints.draw(lambda: self._state.history)
         if directory is None:
             return None
         self._ckpt_path = directory / FILE

@@ -327,7 +327,8 @@ def _families(history: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for name in names:
         if name not in ("step", "epoch"):
             families.setdefault(re.sub(r"^(train|val|valid|validation_\d+|eval|test)_", "", name), []).append(name)
-    kinds = sorted(families, key=lambda kind: ("loss" not in kind, len(families[kind]) == 1))
+    validated = {kind for kind, names in families.items() if any(name != kind for name in names)}
+    kinds = sorted(families, key=lambda kind: ("loss" not in kind, kind not in validated, len(families[kind]) == 1))
     return [
         sorted(families[kind], key=lambda name: name != kind and not name.startswith("train")) for kind in kinds[:3]
     ]

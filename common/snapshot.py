@@ -7,6 +7,8 @@ safetensors reader opens the file: https://github.com/huggingface/safetensors#fo
 
 import ctypes
 import json
+import math
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,8 @@ from .encoding import NUMPY_OF, TORCH_OF, Array
 from .errors import InvalidCheckpoint
 
 _CHUNK = 8 << 20
+_HASHED = 1 << 20
+_LARGE = 4 << 20
 _ITEMSIZE = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
              "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}  # fmt: skip
 
@@ -91,48 +95,100 @@ def _write_all(fd: int, data: memoryview) -> None:
 
 
 class StateFile:
-    """A safetensors file read into private memory, hashed while it is there."""
+    """A safetensors file, read straight into the memory of its tensors and hashed on the way.
+
+    Ask for every :meth:`tensor` and :meth:`array`, then :meth:`read`: until then their content is undefined. What does
+    not come out as expected may be damaged in any way, the header included, so nothing is allocated that the file's
+    size does not bear out.
+
+    Raises:
+        InvalidCheckpoint: the header is not that of a safetensors file of this size.
+    """
 
     def __init__(self, path: Path) -> None:
-        with open(path, "rb", buffering=0) as file:
-            self._data = _memory(os.fstat(file.fileno()).st_size)
-            view, filled = memoryview(self._data), 0
-            while filled < len(view):
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise InvalidCheckpoint(f"{path.name}: ended after {filled} of {len(view)} bytes")
-                filled += count
-        self.size = filled
-        self.xxh3_128 = xxhash.xxh3_128(self._data).hexdigest()
-        self._name = path.name
-        self._header: dict[str, Any] | None = None
+        self._path, self._name = path, path.name
+        self._targets: dict[str, tuple[Any, int]] = {}  # keeps the arrays alive while they are filled
+        try:
+            with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                self._prefix = file.read(8)
+                length = int.from_bytes(self._prefix, "little")
+                if length > self.size - 8:
+                    raise ValueError(f"a header of {length} bytes")
+                self._prefix += file.read(length)
+            header = json.loads(self._prefix[8:])
+            self._places = _places(header, self.size - len(self._prefix))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidCheckpoint(f"{self._name}: its header is damaged ({error})") from None
 
     def tensor(self, name: str) -> Any:
         """The array ``name`` as a torch tensor in memory of its own."""
         import torch
 
-        dtype, shape, address, nbytes = self._locate(name)
+        dtype, shape, nbytes = self._find(name)
         # allocated by torch, as in a run that was never interrupted: a kernel may depend on the alignment
         tensor: Any = torch.empty(shape, dtype=getattr(torch, TORCH_OF[dtype]))
-        ctypes.memmove(tensor.data_ptr(), address, nbytes)
+        self._targets[name] = tensor, tensor.data_ptr()
+        _in_large_pages(tensor.data_ptr(), nbytes)
         return tensor
 
     def array(self, name: str) -> Any:
         """The array ``name`` as a numpy array in memory of its own."""
-        dtype, shape, address, nbytes = self._locate(name)
+        dtype, shape, _ = self._find(name)
         array: Any = np.empty(shape, NUMPY_OF[dtype])
-        ctypes.memmove(array.ctypes.data, address, nbytes)
+        self._targets[name] = array, array.ctypes.data
         return array
 
-    def _locate(self, name: str) -> tuple[str, list[int], int, int]:
-        header = self._header
-        if header is None:
-            length = int.from_bytes(self._data[:8].tobytes(), "little")
-            header = self._header = json.loads(self._data[8 : 8 + length].tobytes())
-            self._start = 8 + length
+    def read(self) -> str:
+        """Fill the tensors and arrays that were asked for; returns the xxh3_128 hash of the whole file."""
+        digest = xxhash.xxh3_128(self._prefix)
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(len(self._prefix))
+            for name, (_, _, nbytes) in self._places.items():
+                if not nbytes:
+                    continue
+                if name in self._targets:
+                    memory: Any = (ctypes.c_char * nbytes).from_address(self._targets[name][1])
+                else:
+                    memory = bytearray(nbytes)
+                view = memoryview(memory).cast("B")
+                for start in range(0, nbytes, _HASHED):  # in pieces that are hashed while the cache has them
+                    piece, filled = view[start : start + _HASHED], 0
+                    while filled < len(piece):
+                        count = file.readinto(piece[filled:])
+                        if not count:
+                            raise InvalidCheckpoint(f"{self._name}: it became shorter while it was read")
+                        filled += count
+                    digest.update(piece)
+        return digest.hexdigest()
+
+    def _find(self, name: str) -> tuple[str, list[int], int]:
         try:
-            info = header[name]
+            return self._places[name]
         except KeyError:
             raise InvalidCheckpoint(f"{self._name}: has no array {name!r}") from None
+
+
+def _places(header: Any, size: int) -> dict[str, tuple[str, list[int], int]]:
+    # name -> dtype, shape, nbytes, in the order of the file, without a gap, as Snapshot lays them out
+    items = sorted(((name, info) for name, info in header.items()), key=lambda item: item[1]["data_offsets"])
+    places: dict[str, tuple[str, list[int], int]] = {}
+    end = 0
+    for name, info in items:
         first, last = info["data_offsets"]
-        return info["dtype"], info["shape"], self._data.ctypes.data + self._start + first, last - first
+        dtype, shape = info["dtype"], info["shape"]
+        if first != end or math.prod(shape) * _ITEMSIZE[dtype] != last - first or min(shape, default=0) < 0:
+            raise ValueError(f"{name!r} does not fit")
+        places[name] = dtype, shape, last - first
+        end = last
+    if end != size:
+        raise ValueError(f"it tells of {end} bytes and {size} are there")
+    return places
+
+
+def _in_large_pages(address: int, nbytes: int) -> None:
+    # numpy asks for them itself; a first touch in pages of 4 KB takes several times as long
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if nbytes >= _LARGE and advice is not None:
+        start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + nbytes - start), advice)

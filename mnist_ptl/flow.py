@@ -36,6 +36,7 @@ class MnistLightningFlow(FlowSpec):
         )
         self.next(self.train)
 
+    @card(type="blank", id="training")  # how it went, and what it cost; refreshed while it trains
     @resources(cpu=2, memory=4000)
     @retry(times=4, minutes_between_retries=0)
     @model
@@ -51,6 +52,7 @@ class MnistLightningFlow(FlowSpec):
             resume_from=self.resume_from,
             allow_changes=self.allow_changes,
             exact=self.exact,
+            card=current.card["training"],
         ) as checkpoints:
             result = train(TrainConfig(**self.config), checkpoints)
 

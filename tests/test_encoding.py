@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.encoding import History, decode, encode, plain_json
-from common.errors import CheckpointError
+from common.errors import CheckpointError, InvalidCheckpoint
 from common.snapshot import Snapshot, StateFile
 
 
@@ -22,7 +23,9 @@ def through_a_file(tree, directory):
     path.unlink(missing_ok=True)
     snapshot.write(path)
     stored = StateFile(path)
-    return decode(json.loads(json.dumps(encoded, allow_nan=False)), stored.tensor, stored.array)
+    state = decode(json.loads(json.dumps(encoded, allow_nan=False)), stored.tensor, stored.array)
+    assert stored.read() == xxhash.xxh3_128(path.read_bytes()).hexdigest()
+    return state
 
 
 def same(a, b) -> bool:
@@ -107,7 +110,41 @@ def test_the_snapshot_is_of_one_point_in_time(tmp_path):
         value[:] = -1
         path = tmp_path / f"{number}.safetensors"
         snapshot.write(path)
-        assert (StateFile(path).array("value") == number).all()
+        stored = StateFile(path)
+        read = stored.array("value")
+        stored.read()
+        assert (read == number).all()
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_file_is_refused_or_hashes_differently(tmp_path_factory, data):
+    """Before the hash is known the header is read: whatever stands in it, nothing but InvalidCheckpoint comes of it."""
+    whole = _small_file(tmp_path_factory)
+    place = data.draw(st.integers(0, len(whole) - 1))
+    damaged = bytearray(whole)
+    damaged[place] ^= data.draw(st.integers(1, 255))
+    length = data.draw(st.sampled_from([len(whole), len(whole) - 1, len(whole) // 2, 7, 0]))
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    path.write_bytes(damaged[:length])
+    try:
+        stored = StateFile(path)
+        for name in ("a", "b/c", "empty"):
+            stored.array(name)
+        digest = stored.read()
+    except InvalidCheckpoint:
+        return
+    assert digest != xxhash.xxh3_128(whole).hexdigest()
+
+
+def _small_file(factory) -> bytes:
+    path = factory.getbasetemp() / "whole.safetensors"
+    if not path.exists():
+        snapshot = Snapshot()
+        tree = {"a": np.arange(3.0), "b": {"c": np.ones(2, np.float32)}, "empty": np.ones((0, 4), np.int8)}
+        snapshot.take(encode(tree)[1])
+        snapshot.write(path)
+    return path.read_bytes()
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, lambda: 0, np.array([object()]), {"deep": [{"er": object()}]}])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import data as data
     from . import hub as hub
+    from . import publish as publish
     from . import report as report
     from .checkpoint import CheckpointManager
     from .errors import (
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         WriteFailed,
     )
     from .process import die_with_parent
+    from .publish import Publisher
     from .sampler import ResumableSampler
     from .state import TrainState, seed_everything, weights_digest
 
@@ -37,6 +39,7 @@ _HOME = {
     "InvalidCheckpoint": "errors",
     "StopRequested": "errors",
     "WriteFailed": "errors",
+    "Publisher": "publish",
     "ResumableSampler": "sampler",
     "TrainState": "state",
     "die_with_parent": "process",
@@ -50,6 +53,7 @@ __all__ = [
     "ConfigChanged",
     "FaultInjected",
     "InvalidCheckpoint",
+    "Publisher",
     "ResumableSampler",
     "StopRequested",
     "TrainState",
@@ -60,7 +64,7 @@ __all__ = [
 ]
 
 
-_ROOMS = ("data", "hub", "report")  # modules that are used by name: common.report.confusion_matrix(...)
+_ROOMS = ("data", "hub", "publish", "report")  # modules that are used by name: common.report.confusion_matrix(...)
 
 
 def __getattr__(name: str) -> Any:

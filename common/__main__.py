@@ -4,6 +4,7 @@ python -m common list MnistTorchFlow
 python -m common keep-running -- python mnist_torch_vanilla/flow.py run --epochs 50
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -23,14 +24,15 @@ except ImportError as missing:
     print(f"error: the command line needs {missing.name}: pip install click rich", file=sys.stderr)
     sys.exit(2)
 
-from . import commands
+from . import commands, publish
 from .commands import Checkpoint, Planned
 from .errors import CheckpointError, InvalidCheckpoint
+from .hub import HubError
 
 PACKAGE = __package__ or "common"
 NAME = f"python -m {PACKAGE}"
 COMPLETE = "_CHECKPOINTS_COMPLETE"
-HELP = f"""Look at, check, compare, export and delete checkpoints, on a laptop's disk or on S3.
+HELP = f"""Look at, check, compare, export, publish and delete checkpoints, on a laptop's disk or on S3.
 
 A TARGET is a flow, a run, a step or a task (Flow/run/step/task or the beginning of it) on the datastore that Metaflow
 is configured for, also of flows with plain @checkpoint, also of a task that is running; or a directory of checkpoints;
@@ -45,6 +47,7 @@ Examples:
   {NAME} verify MnistTorchFlow/42
   {NAME} export MnistTorchFlow/42@276 weights --format safetensors
   {NAME} prune MnistTorchFlow --keep-last 1 --keep-best val_loss:min
+  {NAME} push MnistHuggingFaceFlow/42 user/digits
 
 \b
 Completion, under the name checkpoints (the second line for ~/.bashrc; zsh_source and fish_source likewise):
@@ -290,6 +293,36 @@ def show_plan(planned: Sequence[Planned]) -> None:
     out.print(f"{len(doomed)} of {len(planned)} to delete, {size(total)}" if doomed else "nothing to delete")
 
 
+@command("push", "Push a model or a checkpoint to the Hugging Face Hub.", "A TARGET that is a run, step or task is the "
+         "model that it saved with current.model.save or, if there is none, its newest checkpoint; @STEP, @NAME and "
+         "@latest name a checkpoint, @LABEL a model. Weights as safetensors, configurations, tokenizer and a model "
+         "card travel; pickles and paths of this machine do not. A new repository is private. What is there already "
+         "makes no commit. Names under local/ are on the loopback hub.",
+         "push MnistHuggingFaceFlow/42 user/digits --license mit", "push MnistHuggingFaceFlow/42@92 user/digits",
+         "push checkpoints/@latest local/digits")  # fmt: skip
+@click.argument("target")
+@click.argument("repo")
+@click.option("--public", is_flag=True, help="A new repository becomes public, and an existing one may be.")
+@click.option("--license", "license_", default="", help="Of the model, such as apache-2.0.")
+@click.option("--language", multiple=True, help="Such as en; may be repeated.")
+@click.option("--tag", multiple=True, help="For the model card; may be repeated.")
+@click.option("--base-model", default="", metavar="ORG/NAME[@COMMIT]", help="Where the run does not say it.")
+@click.option("--dataset", default="", metavar="NAME[@COMMIT]", help="Where the run does not say it.")
+@click.option("--with-checkpoint", is_flag=True, help="Also all that it takes to train on, in last-checkpoint/.")
+@click.option("--message", default="", help="Of the commit.")
+def push(target: str, repo: str, public: bool, license_: str, language: Sequence[str], tag: Sequence[str],
+         base_model: str, dataset: str, with_checkpoint: bool, message: str, as_json: bool) -> None:  # fmt: skip
+    about = publish.About(base_model, dataset, license_, tuple(language), tuple(tag))
+    publish.set_up_client(repo, timeout=60, progress=sys.stderr.isatty())
+    done = publish.push_target(target, repo, about, private=not public, checkpoint=with_checkpoint, message=message)
+    if as_json:
+        return say(dataclasses.asdict(done))
+    where = repo if repo.startswith("local/") else done.url
+    end = f": {', '.join(done.files)}" if done.files else "; it was there already"
+    seen = "private" if done.private else "public"
+    out.print(f"{done.what} is in {where} ({seen}), commit {done.commit[:8]}{end}", markup=False, soft_wrap=True)
+
+
 @command("keep-running", "Run a flow, however often it fails.", "When it fails for good (Metaflow retries a task "
          "four times at most), resumes it from its newest checkpoint, until it succeeds or three runs in a row get no "
          "further.",
@@ -390,7 +423,7 @@ def main(arguments: list[str] | None = None) -> int:
         return fail("nothing was done", 2)
     except InvalidCheckpoint as error:
         return fail(str(error), 1)
-    except CheckpointError as error:
+    except (CheckpointError, HubError) as error:
         return fail(str(error), 2)
     except Exception as error:  # of the datastore: credentials, network, permissions
         first = next(iter(str(error).strip().splitlines()), "")

@@ -306,14 +306,14 @@ def compare(left: tuple[Place, Checkpoint], right: tuple[Place, Checkpoint], tic
             tick(a[name].size)
             if difference:
                 changed.append({"name": name, **difference})
-        common = {name for name in a if name in b}
+        both = {name for name in a if name in b}
         files_a, files_b = _others(first), _others(second)
         files = [name for name in sorted({*files_a, *files_b}) if not _equal(files_a.get(name), files_b.get(name))]
     result: dict[str, Any] = {
         "a": left[1].plain(),
         "b": right[1].plain(),
         "tensors": sorted(changed, key=lambda item: (not item["name"].startswith("model"), -(item["relative"] or 0))),
-        "equal": len(common) - len(changed),
+        "equal": len(both) - len(changed),
         "only_in_a": sorted(set(a) - set(b)),
         "only_in_b": sorted(set(b) - set(a)),
         "files": files,

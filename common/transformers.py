@@ -80,6 +80,7 @@ class CheckpointCallback(transformers.TrainerCallback):
         self._wanted = False  # a checkpoint of this step
         self._metrics: dict[str, float] = {}  # of the evaluations of this step
         self._evaluations = 0
+        checkpoints.draw(lambda: self.history)
 
     @property
     def history(self) -> list[dict[str, Any]]:

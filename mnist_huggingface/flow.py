@@ -34,6 +34,8 @@ class MnistHuggingFaceFlow(FlowSpec):
     metric = Parameter("metric", default="eval_loss", help="what best means: eval_loss or eval_accuracy")
     greater_is_better = Parameter("greater-is-better", default=False, help="of the metric; true for eval_accuracy")
     save_every = Parameter("save-every", default="10", help="steps (20), time (10m) or both (500,10m)")
+    push_to = Parameter("push-to", default="", help="a repository on the Hugging Face Hub; a new one is private")
+    hub_strategy = Parameter("hub-strategy", default="every_save", help="when to push: end, every_save or checkpoint")
     resume_from = Parameter("resume-from", default="", help="continue another run: RUN or RUN@STEP")
     allow_changes = Parameter("allow-changes", default=False, help="continue although the configuration differs")
     exact = Parameter("exact", default=False, help="refuse to resume with other library versions or devices")
@@ -46,6 +48,7 @@ class MnistHuggingFaceFlow(FlowSpec):
 
         # bad parameters are refused here, before anything is written and without retries
         what_to_keep(self.save_strategy, self.metric, self.greater_is_better)
+        common.Publisher(self.push_to, strategy=self.hub_strategy)
         config = TrainConfig(
             dataset=self.dataset,
             revision=resolve(self.dataset, self.revision),  # to a commit, which every retry uses
@@ -56,6 +59,7 @@ class MnistHuggingFaceFlow(FlowSpec):
         self.config = asdict(config)
         self.next(self.train)
 
+    @card(type="blank", id="training")  # how it went, and what it cost; refreshed while it trains
     @resources(cpu=2, memory=4000)
     @retry(times=4, minutes_between_retries=0)
     @model
@@ -64,15 +68,22 @@ class MnistHuggingFaceFlow(FlowSpec):
     def train(self):
         from train import TrainConfig, train
 
-        with common.CheckpointManager(
-            current.checkpoint,
-            save_every=self.save_every,
-            resume_from=self.resume_from,
-            allow_changes=self.allow_changes,
-            exact=self.exact,
-            **what_to_keep(self.save_strategy, self.metric, self.greater_is_better),
-        ) as checkpoints:
+        # pushes while it trains, in a process of its own; without --push-to it does nothing
+        publisher = common.Publisher(self.push_to, current.checkpoint, strategy=self.hub_strategy)
+        with (
+            publisher,
+            common.CheckpointManager(
+                current.checkpoint,
+                save_every=self.save_every,
+                resume_from=self.resume_from,
+                allow_changes=self.allow_changes,
+                exact=self.exact,
+                card=current.card["training"],
+                **what_to_keep(self.save_strategy, self.metric, self.greater_is_better),
+            ) as checkpoints,
+        ):
             result = train(TrainConfig(**self.config), checkpoints)
+            publisher.model(result.path)
 
         self.history, self.weights_digest = result.history, result.weights_digest
         self.resumed_from = checkpoints.resumed_from

@@ -70,7 +70,8 @@ def test_a_copy_has_what_it_needs_and_nothing_else(one: Example, tmp_path):
     assert done.returncode == 0, done.stderr
     files = {str(path.relative_to(project)) for path in project.rglob("*") if path.is_file()}
     assert files >= {"flow.py", "requirements.txt", "README.md", "test_resume.py", ".gitignore"}
-    assert not {"my_project/__main__.py", "my_project/commands.py", "example.toml", "plain_flow.py"} & files
+    assert not {"my_project/__main__.py", "example.toml", "plain_flow.py"} & files
+    assert ("my_project/commands.py" in files) == ("my_project/publish.py" in files)
     sources = {name: (project / name).read_text() for name in files if name.endswith(".py")}
     package = {name.split("/")[1][:-3] for name in sources if "/" in name}
     required = installed_by((project / "requirements.txt").read_text()) | {"pytest"}

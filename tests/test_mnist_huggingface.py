@@ -4,10 +4,12 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gallery import REPO
+from gallery import REPO, Example, run_flow
 
-from common import CheckpointError, CheckpointManager, FaultInjected, weights_digest
+from common import CheckpointError, CheckpointManager, FaultInjected, Publisher, weights_digest
+from common.loopback_hub import LoopbackHub
 from common.manifest import Manifest
 
 pytestmark = pytest.mark.xdist_group("mnist_huggingface")
@@ -277,6 +280,64 @@ def test_the_real_data_set_at_a_revision(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "HfApi", Hub)
     assert digits.resolve("mnist", "main") == "commit of ylecun/mnist at main"
     assert digits.resolve("digits", "main") == ""
+
+
+def test_push_to(digits, tmp_path):
+    """The flow, killed and resumed: the Hub has its model, in a private repository, and pushes it once."""
+    import huggingface_hub
+
+    from common import hub as hub_module
+
+    home = {"HF_HOME": str(tmp_path)}
+    arguments = ["--epochs", "2", "--batch-size", "500", "--save-every", "2", "--push-to", "local/digits"]
+    run = run_flow(Example(EXAMPLE), *arguments, faults="kill@step=5", env=home)
+    assert "[publish] the model of MnistHuggingFaceFlow/" in run.output
+    hub_module.allow_loopback()
+    with LoopbackHub(tmp_path / "loopback_hub") as hub:
+        client = huggingface_hub.HfApi(endpoint=hub.url)
+        assert client.repo_info("local/digits").private
+        root = client.snapshot_download("local/digits", cache_dir=tmp_path / "cache")
+        commits = len(client.list_repo_commits("local/digits"))
+    model = digits.AutoModelForImageClassification.from_pretrained(root)
+    assert weights_digest(model.state_dict()) == run.data.weights_digest
+    assert digits.AutoImageProcessor.from_pretrained(root).size["height"] == 28
+    card = (Path(root) / "README.md").read_text()
+    best = min((r for r in run.data.history if "eval_loss" in r), key=lambda record: record["eval_loss"])
+    assert f"## Metrics at step {best['step']}\n" in card and f"| {best['eval_accuracy']:.6g} |" in card
+    env = {**os.environ, **home}
+    line = [sys.executable, "-m", "common", "push", f"MnistHuggingFaceFlow/{run.run_id}", "local/digits"]
+    done = subprocess.run(line, cwd=REPO, env=env, capture_output=True, text=True, timeout=60)
+    assert "it was there already" in done.stdout, done.stderr
+    with LoopbackHub(tmp_path / "loopback_hub") as hub:
+        assert len(huggingface_hub.HfApi(endpoint=hub.url).list_repo_commits("local/digits")) == commits
+
+
+def test_a_hub_that_hangs_changes_nothing(digits, tmp_path, monkeypatch, capsys):
+    """Weights and history are the same, and the Trainer is done while the Hub still owes its first answer."""
+    config = digits.TrainConfig(epochs=2, batch_size=500)
+    with CheckpointManager(tmp_path / "straight", save_every=1) as checkpoints:
+        straight = digits.train(config, checkpoints)
+
+    def wait(*_: Any, **__: Any) -> None:
+        limit = time.monotonic() + 60
+        while not hub.requests and time.monotonic() < limit:
+            time.sleep(0.05)
+
+    monkeypatch.setattr(digits.Progress, "on_evaluate", wait)
+    with LoopbackHub(tmp_path / "hub") as hub:
+        for name, value in hub.environment.items():
+            monkeypatch.setenv(name, value)
+        hub.fail("", hang=600, times=None)
+        place = tmp_path / "pushed"
+        publisher = Publisher("user/digits", place, interval=0.05, timeout=600, patience=0.5)
+        with publisher, CheckpointManager(place, save_every=1) as checkpoints:
+            result = digits.train(config, checkpoints)
+            publisher.model(result.path)
+        assert [request.status for request in hub.requests] == [0], "one request, without an answer"
+    assert (result.weights_digest, result.history) == (straight.weights_digest, straight.history)
+    assert "The model is not on user/digits (no end after 0.5 s). Push it later: python -m common push " in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("bad", [{"dataset": "cifar"}, {"epochs": 0}, {"batch_size": 0}])

@@ -8,7 +8,7 @@ import sys
 import pytest
 from gallery import REPO, Example
 
-ADAPTERS = {"keras", "lightning", "transformers", "xgboost", "diffusers"}
+ADAPTERS = {"keras", "lightning", "transformers", "xgboost", "diffusers", "distributed", "foreign"}
 # the street: a module may import those before it
 ROOMS = [
     {"errors"},
@@ -16,9 +16,11 @@ ROOMS = [
     {"data", "faults", "report", "sampler", "snapshot", "state", "tensors", "tiny_models"},
     {"hub", "store"},
     {"metaflow_store"},
+    {"torchrun"},
     {"checkpoint"},
     ADAPTERS,
     {"commands"},
+    {"publish"},
     {"__init__", "__main__"},
 ]
 

@@ -13,7 +13,8 @@ def log(attempt=0, earlier=None):
 
 
 @pytest.mark.parametrize("text", ["kill", "kill@step", "kill@step=0", "stop@step=3", "kill@step=3,attempts=1",
-                                  "raise@save=2", "kill@step=3;oops", "kill@step=-1", "KILL@step=3"])  # fmt: skip
+                                  "raise@save=2", "kill@step=3;oops", "kill@step=-1", "KILL@step=3",
+                                  "kill@save=3,rank=1", "kill@step=3,rank=x"])  # fmt: skip
 def test_an_unknown_fault_is_an_error_not_silence(text):
     with pytest.raises(CheckpointError, match="is not a fault"):
         parse_faults(text)
@@ -46,6 +47,21 @@ def test_an_attempt_number_limits_it():
     Faults(log(0), "raise@step=3,attempt=1").at_step(3)
     with pytest.raises(FaultInjected):
         Faults(log(1), "raise@step=3,attempt=1").at_step(3)
+
+
+@pytest.mark.parametrize("text", ["raise@step=3,rank=1,attempt=0", "raise@step=3,attempt=0,rank=1"])
+def test_a_fault_of_another_rank_fires_there(text):
+    events, struck = log(), []
+    faults = Faults(events, text)
+    faults.elsewhere = struck.append
+    faults.at_step(3)
+    assert [(fault.action, fault.rank, fault.attempt) for fault in struck] == [("raise", 1, 0)]
+    assert [event["fault"] for event in events.events] == [text], "noted before it fires"
+
+
+def test_a_fault_of_a_rank_that_is_not_there_is_an_error():
+    with pytest.raises(CheckpointError, match="there is no rank 1"):
+        Faults(log(), "raise@step=3,rank=1").at_step(3)
 
 
 def test_a_log_cut_short_by_a_kill_is_read_up_to_there():

@@ -39,6 +39,7 @@ help:  ## this list
 		--constraint $(if $(wildcard $*/constraints.txt),$*/constraints.txt,constraints.txt) -r $< --editable '.[cli]'
 	@touch $@
 
+.PRECIOUS: .venvs/%/ready
 .venvs/%/test-ready: .venvs/%/ready requirements-test.txt
 	@$(UV) pip install --quiet --compile-bytecode --python .venvs/$* \
 		--constraint $(if $(wildcard $*/constraints.txt),$*/constraints.txt,constraints.txt) -r requirements-test.txt
@@ -49,10 +50,11 @@ demo: .venvs/mnist_torch_vanilla/ready  ## train, kill it mid-epoch, resume, sho
 
 ifdef EX
 test: .venvs/$(EX)/test-ready  ## run the suite; with EX=name only that example, in its own environment
-	@PATH="$(CURDIR)/.venvs/$(EX)/bin:$$PATH" pytest --example $(EX) tests/test_examples.py $(wildcard tests/test_$(EX).py)
+	@PATH="$(CURDIR)/.venvs/$(EX)/bin:$$PATH" pytest -n 2 --dist loadgroup --example $(EX) tests/test_examples.py $(wildcard tests/test_$(EX).py)
 else
-test: .venv/ready
+test: .venv/ready $(OWN:%=.venvs/%/test-ready)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -n 2 --dist loadgroup
+	@for example in $(OWN); do $(MAKE) --no-print-directory test EX=$$example || exit 1; done
 endif
 
 test-all: .venv/ready  ## the suite with everything that does not fit into it

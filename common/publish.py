@@ -585,8 +585,8 @@ def card(staged: Path, repo: str, about: About) -> str:
     head = architecture.partition("For")[2]
     if adapter:
         head = _HEADS.get(adapter.get("task_type") or "", "")
-    library, load = _how_to_load(staged, repo, head, bool(adapter), architecture)
     base, base_commit = _split(about.base_model)
+    library, load = _how_to_load(staged, repo, head, bool(adapter), architecture, base)
     dataset, dataset_commit = _split(about.dataset)
     data: Any = cast("Any", import_module("huggingface_hub")).ModelCardData(
         license=about.license or None,
@@ -644,7 +644,9 @@ _TASKS = {
 }
 
 
-def _how_to_load(staged: Path, repo: str, head: str, adapter: bool, architecture: str) -> tuple[str, list[str]]:
+def _how_to_load(
+    staged: Path, repo: str, head: str, adapter: bool, architecture: str, base: str
+) -> tuple[str, list[str]]:
     """The library's name on the Hub, and lines of Python."""
     if adapter or architecture:
         library = "peft" if adapter else "transformers"
@@ -660,6 +662,9 @@ def _how_to_load(staged: Path, repo: str, head: str, adapter: bool, architecture
             if (staged / file).exists():
                 imports.append(loader)
                 lines.append(f'{variable} = {loader}.from_pretrained("{repo}")')
+        if adapter and base and len(lines) == 1 and head == "CausalLM":
+            imports.append("AutoTokenizer")  # that of the base model, unchanged
+            lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{base}")')
         first = ["from peft import " + name] if adapter else []
         return library, first + ([f"from transformers import {', '.join(imports)}"] if imports else []) + ["", *lines]
     weights = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.suffix in _WEIGHTS)[0]

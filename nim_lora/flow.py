@@ -35,6 +35,7 @@ class NimLoraFlow(FlowSpec):
     max_lora_rank = Parameter("max-lora-rank", default=32, help="limit of the server that it is for")
     max_length = Parameter("max-length", default=256, help="tokens of a dialogue; what is longer is cut")
     save_every = Parameter("save-every", default="10", help="steps (20), time (10m) or both (500,10m)")
+    push_to = Parameter("push-to", default="", help="a repository on the Hugging Face Hub; a new one is private")
     resume_from = Parameter("resume-from", default="", help="continue another run: RUN or RUN@STEP")
     allow_changes = Parameter("allow-changes", default=False, help="continue although the configuration differs")
     exact = Parameter("exact", default=False, help="refuse to resume with other library versions or devices")
@@ -49,6 +50,7 @@ class NimLoraFlow(FlowSpec):
 
         # bad parameters are refused here, before anything is written and without retries
         check_rank(self.lora_r, self.max_lora_rank)
+        common.Publisher(self.push_to)
         names = ("base_model", "revision", "dataset", "dataset_revision", "epochs", "batch_size", "learning_rate",
                  "lora_r", "max_length")  # fmt: skip
         config = TrainConfig(**{name: getattr(self, name) for name in names}, lora_alpha=2 * self.lora_r)
@@ -74,18 +76,24 @@ class NimLoraFlow(FlowSpec):
         from settings import TrainConfig
         from train import train
 
-        with common.CheckpointManager(
-            current.checkpoint,
-            save_every=self.save_every,
-            keep_last=2,
-            keep_best=("eval_loss", "min"),
-            resume_from=self.resume_from,
-            allow_changes=self.allow_changes,
-            exact=self.exact,
-            card=current.card["training"],
-        ) as checkpoints:
+        # pushes the adapter while it trains, in a process of its own; without --push-to it does nothing
+        publisher = common.Publisher(self.push_to, current.checkpoint)
+        with (
+            publisher,
+            common.CheckpointManager(
+                current.checkpoint,
+                save_every=self.save_every,
+                keep_last=2,
+                keep_best=("eval_loss", "min"),
+                resume_from=self.resume_from,
+                allow_changes=self.allow_changes,
+                exact=self.exact,
+                card=current.card["training"],
+            ) as checkpoints,
+        ):
             base = common.hub.private_copy(current.model.loaded["base"], self.config["revision"])
             result = train(TrainConfig(**self.config), checkpoints, base, self.rows)
+            publisher.model(result.adapter)
 
         self.history, self.weights_digest = result.history, result.weights_digest
         self.resumed_from = checkpoints.resumed_from

@@ -26,6 +26,7 @@ os.environ.update(
 os.environ.pop("FAULTS", None)
 
 import gallery  # noqa: E402
+from preforked import Preforked  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,9 +52,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         unknown = set(chosen or []) - {example.name for example in examples}
         if unknown:
             raise pytest.UsageError(f"--example {unknown.pop()}: there is no such directory with an example.toml")
-        # one worker does all tests of an example, so that its runs are made once
-        marks = [pytest.param(e, id=e.name, marks=pytest.mark.xdist_group(e.name)) for e in examples]
-        metafunc.parametrize("example", marks, scope="session")
+        parameters = []
+        for one in examples:
+            # one worker does all tests of an example, so that its runs are made once
+            marks = [pytest.mark.xdist_group(one.name)]
+            if one.has_own_environment and not chosen and metafunc.module.__name__.endswith("test_examples"):
+                reason = f"{one.name} has an environment of its own: make test EX={one.name}, which make test does, too"
+                marks.append(pytest.mark.skip(reason=reason))
+            parameters.append(pytest.param(one, id=one.name, marks=marks))
+        metafunc.parametrize("example", parameters, scope="session")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def preforked_commands(pytestconfig: pytest.Config) -> Iterator[None]:
+    """In an example's own environment, a command that takes long to import is imported once; see preforked.py."""
+    chosen = pytestconfig.getoption("--example") or []
+    specs = [one.toml["preforked"] for one in gallery.discover() if one.name in chosen and "preforked" in one.toml]
+    commands = [Preforked(**spec) for spec in specs]
+    path = os.environ["PATH"]
+    os.environ["PATH"] = os.pathsep.join([*(str(command.directory) for command in commands), path])
+    yield
+    os.environ["PATH"] = path
+    for command in commands:
+        command.close()
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,11 @@ class Example:
         return tomllib.loads((self.path / "example.toml").read_text())
 
     @property
+    def has_own_environment(self) -> bool:
+        """Whether it needs other versions than the rest, so that only ``--example`` tests it."""
+        return (self.path / "constraints.txt").exists()
+
+    @property
     def smoke(self) -> list[str]:
         return shlex.split(self.toml["smoke"])
 
@@ -71,9 +76,9 @@ class FlowRun:
         return Run(f"{self.flow_name}/{self.run_id}")["end"].task.data
 
     def events(self, step: str = "train") -> list[dict[str, Any]]:
-        """The events of all attempts of a step's tasks, in order."""
+        """The events of all attempts of a step's tasks, in order; of all steps with ``"*"``."""
         root = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"], ".metaflow/mf.checkpoints/events")
-        logs = sorted((root / self.flow_name / self.run_id / step).glob("*/*.jsonl"))
+        logs = sorted((root / self.flow_name / self.run_id).glob(f"{step}/*/*.jsonl"))
         return [{"attempt": int(log.stem), **json.loads(line)} for log in logs for line in log.read_text().splitlines()]
 
     def card_data(self, step: str) -> str:
@@ -83,8 +88,14 @@ class FlowRun:
         return "".join(base64.b64decode(data).decode() for page in found for data in page)
 
     def fired(self) -> list[str]:
-        """The faults that fired, in order."""
-        return [event["fault"] for event in self.events() if event["event"] == "fault"]
+        """The faults that fired, in order, in all tasks."""
+        faults = [event for event in self.events("*") if event["event"] == "fault"]
+        return [event["fault"] for event in sorted(faults, key=lambda event: event["time"])]
+
+    @property
+    def digest(self) -> str:
+        """Of the weights that were trained, or of what was generated."""
+        return self.data.weights_digest if "weights_digest" in self.data else self.data.outputs_digest
 
 
 def run_flow(

@@ -20,7 +20,7 @@ def copy_out(*arguments) -> subprocess.CompletedProcess[str]:
 
 def chosen() -> list:
     """Three examples that start quickly in the ordinary suite, and all of them with --all."""
-    quick = {"mnist_torch_vanilla": 0, "xgboost": 1}
+    quick = {"mnist_torch_vanilla": 0, "xgboost": 1, "mnist_ptl": 2}
     # one with a constraints.txt of its own has an environment of its own, which this is not
     examples = [example for example in discover() if not (example.path / "constraints.txt").exists()]
     examples.sort(key=lambda example: (quick.get(example.name, 9), example.name))

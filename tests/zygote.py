@@ -1,4 +1,4 @@
-"""Imports an example's train.py once and runs many trainings of it in forked children.
+"""Imports an example's train.py (or generate.py) once and runs many trainings of it in forked children.
 
 The first line of standard input names the example; each further line is a scenario, answered by a line. The parent
 only imports: a framework that has computed anything must not be forked.
@@ -85,14 +85,18 @@ def attempt(module: Any, options: dict[str, Any], directory: Path, faults: str, 
         save_every=options.get("save_every"),
         keep_best=tuple(keep_best) if keep_best else None,
     ) as checkpoints:
-        config = module.TrainConfig(**options["config"])
-        result = module.train(config, checkpoints)
+        if hasattr(module, "generate"):
+            result = module.generate(module.GenerateConfig(**options["config"]), checkpoints)
+            digest = result.outputs_digest
+        else:
+            result = module.train(module.TrainConfig(**options["config"]), checkpoints)
+            digest = result.weights_digest
     from common.manifest import Manifest
 
     saved = Path(checkpoints.latest)
     latest = Manifest.read(saved)
     answer = {
-        "weights_digest": result.weights_digest,
+        "weights_digest": digest,
         "history": result.history,
         "resumed_from": checkpoints.resumed_from,
         "state": {name: content(saved / name) or info.xxh3_128 for name, info in latest.files.items()},
@@ -140,7 +144,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever the imports print must not mix with the answers
     request = json.loads(sys.stdin.readline())
     sys.path.insert(0, request["example"])
-    module = importlib.import_module("train")
+    module = importlib.import_module("generate" if Path(request["example"], "generate.py").exists() else "train")
     for line in sys.stdin:
         print(json.dumps(run(module, request["train"], json.loads(line))), file=answers, flush=True)
 

@@ -1,6 +1,7 @@
 """Isolation of every test run, discovery of the examples, and the runs that tests share."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # two threads on two busy cores spend their time waiting for each other
 )
 os.environ.pop("FAULTS", None)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background; tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import gallery  # noqa: E402
 from preforked import Preforked  # noqa: E402

@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gallery import REPO, Example, run_flow
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+
+from common import weights_digest
 
 EXAMPLE = Example(REPO / "nim_lora")
 pytestmark = pytest.mark.xdist_group("nim_lora")
@@ -330,9 +332,19 @@ def test_chat_says_what_is_wrong(tmp_path, chat):
 
 @pytest.fixture(scope="module")
 def killed_run():
-    run = run_flow(EXAMPLE, *EXAMPLE.smoke, faults="kill@step=5")
+    run = run_flow(EXAMPLE, *EXAMPLE.smoke, "--push-to", "local/helpdesk", faults="kill@step=5")
     assert run.data.resumed_from == [4], run.output[-3000:]
     return run
+
+
+def test_the_adapter_is_pushed_while_it_trains(killed_run, tmp_path):
+    import common
+
+    assert "[publish] the model of NimLoraFlow/" in killed_run.output, killed_run.output[-3000:]
+    api = common.hub.api("local/helpdesk")
+    root = Path(api.snapshot_download("local/helpdesk", cache_dir=tmp_path))
+    assert json.loads((root / export.CONFIG).read_text())["base_model_name_or_path"] == "local/tiny-llama-chat"
+    assert weights_digest(load_file(root / export.WEIGHTS)) == killed_run.data.weights_digest
 
 
 def test_from_a_killed_training_to_an_answer(killed_run, tmp_path):

@@ -279,7 +279,7 @@ def test_bad_configurations(module, bad):
 # -------------------------------------------------------------------- the flow
 
 
-@pytest.mark.slow  # how often it is interrupted depends on what else the machine does; alarm@step tests @timeout exactly
+@pytest.mark.slow  # how often it is interrupted depends on the machine; alarm@step tests @timeout exactly
 def test_the_story_of_the_documentation(module, tmp_path):
     """@timeout(seconds=15) interrupts the training, @retry starts it again, and all rounds are there at the end."""
     began = time.perf_counter()

@@ -57,8 +57,9 @@ test: .venv/ready $(OWN:%=.venvs/%/test-ready)
 	@for example in $(OWN); do $(MAKE) --no-print-directory test EX=$$example || exit 1; done
 endif
 
-test-all: .venv/ready  ## the suite with everything that does not fit into it
+test-all: .venv/ready $(OWN:%=.venvs/%/test-ready)  ## the suite with everything that does not fit into it
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -n 2 --dist loadgroup --all
+	@for example in $(OWN); do $(MAKE) --no-print-directory test EX=$$example || exit 1; done
 
 example:  ## run one: make example EX=mnist_torch_vanilla ARGS="--epochs 3"
 	@test -n "$(EX)" || { echo "Which one? make example EX=name, with one of: $(EXAMPLES)"; exit 1; }

@@ -22,7 +22,7 @@ def chosen() -> list:
     """Three examples that start quickly in the ordinary suite, and all of them with --all."""
     quick = {"mnist_torch_vanilla": 0, "xgboost": 1, "mnist_ptl": 2}
     # one with a constraints.txt of its own has an environment of its own, which this is not
-    examples = [example for example in discover() if not (example.path / "constraints.txt").exists()]
+    examples = [example for example in discover() if not example.has_own_environment]
     examples.sort(key=lambda example: (quick.get(example.name, 9), example.name))
     parameters = []
     for number, example in enumerate(examples):

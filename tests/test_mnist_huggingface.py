@@ -282,7 +282,6 @@ def test_the_real_data_set_at_a_revision(digits, tmp_path, monkeypatch):
     assert digits.resolve("digits", "main") == ""
 
 
-@pytest.mark.slow  # --push-to is in every run of test_lora_huggingface.py
 def test_push_to(digits, tmp_path):
     """The flow, killed and resumed: the Hub has its model, in a private repository, and pushes it once."""
     import huggingface_hub

@@ -543,7 +543,6 @@ print(json.dumps([b, tokenizer.decode(answer[0]), list(answer.shape)]))
 """
 
 
-@pytest.mark.slow  # test_lora_huggingface.py does the same with the example
 def test_an_adapter_of_a_killed_and_resumed_run(tmp_path, monkeypatch, capsys):
     """AutoPeftModelForCausalLM.from_pretrained loads what ``python -m common push`` pushed, and it generates."""
     for name in ("torch", "transformers", "peft"):

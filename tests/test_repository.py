@@ -123,3 +123,11 @@ def test_types():
     if done.returncode and not re.search(r"[0-9]+ errors?,", report):
         pytest.skip(f"pyright could not start (it needs Node.js): {report[-300:]}")
     assert done.returncode == 0, report[-3000:]
+
+
+@pytest.mark.xdist_group("together")
+def test_marked_tests_stay_together(request):
+    """A version of pytest-xdist that groups nothing makes every shared run twice, silently."""
+    if request.config.getoption("dist") != "loadgroup":
+        pytest.skip("needs -n 2 --dist loadgroup, as in make test")
+    assert request.node.nodeid.endswith("@together")

@@ -80,7 +80,8 @@ class CheckpointManager:
             warning.
         fresh: delete what the directory holds and start anew.
         card: ``current.card["training"]`` of a step with ``@card(type="blank", id="training")``: the training is drawn
-            on it, about once a second, without waiting for it. None: nothing is drawn.
+            on it, about once a second, without waiting for it. In a process that the step starts, the path of a file
+            from which the step's own process draws (:func:`common.report.follow`). None: nothing is drawn.
 
     Attributes:
         directory: a working directory for the training's own files, gone when the process ends.
@@ -290,7 +291,7 @@ class CheckpointManager:
             self._best = self._keep_best.value(ranked[0])
         self._say(found, plain, rejected, chosen[0] if chosen else None, moved_from)
         if self._card is not None:
-            self._card.start(total_steps)
+            self._card.start()
         return chosen
 
     def _newest_valid(
@@ -347,7 +348,7 @@ class CheckpointManager:
 
     def _say(self, found: int, plain: int, rejected: list[str], chosen: Entry | None, moved_from: Entry | None) -> None:
         attempt = self._events.attempt
-        self._events.add("found", checkpoints=found, rejected=rejected)
+        self._events.add("found", checkpoints=found, rejected=rejected, total_steps=self._total_steps)
         parts = [f"attempt {attempt}: found {found} checkpoint{'' if found == 1 else 's'}"]
         if plain:
             parts.append(f"{plain} of plain save() left alone")
@@ -389,8 +390,9 @@ class CheckpointManager:
             state.step_in_epoch += 1
             if not self._reserved and not self._saves:  # only now do most optimizers have their state
                 self._reserved = True
-                size = sum(array.nbytes for array in encode(state.state_dict())[1].values())
-                self._writer.submit(lambda: self._snapshot.reserve(size))
+                arrays = encode(state.state_dict())[1].values()
+                size, on_gpu = sum(a.nbytes for a in arrays), any(a.on_gpu is not None for a in arrays)
+                self._writer.submit(lambda: self._snapshot.reserve(size, pinned=on_gpu))
             plain = state.log(metrics) if metrics else {}
             self._boundary(state.step, lambda: self._save_state(state, plain))
 
@@ -423,27 +425,39 @@ class CheckpointManager:
         epoch: int | None = None,
         metrics: Mapping[str, Any] | None = None,
         name: str | None = None,
+        move: bool = False,
+        tree: Any = None,
+        write: Callable[[Any, Path], None] | None = None,
     ) -> None:
         """Save a directory of a framework's own files as the checkpoint of ``step``.
 
         The files are copied before this returns, so the framework may change or delete them; hashing and committing
-        happen in the background.
+        happen in the background. With ``move`` they are moved, which costs nothing within a file system.
+
+        What takes long to write can be written in the background, too: ``tree``, nested dicts and lists with torch
+        tensors, is copied before this returns, and ``write(copy, directory)`` is called there.
         """
         with self._lock, self._blocking():
             self._check()
             files = sorted(path for path in Path(source).rglob("*") if path.is_file())
-            if not files:
+            if not files and write is None:
                 raise CheckpointError(f"save_files: {source} is missing or has no files")
             plain = _plain_metrics(metrics, step)
             manifest = self._manifest(step, epoch, plain, None if name is None else check_name(name))
             self._writer.drain()
+            copied = None if write is None else self._snapshot.copy(tree)
             staged = self._stage(step)
             for path in files:
                 target = staged / path.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+                if move and not path.is_symlink():
+                    shutil.move(path, target)
+                else:
+                    shutil.copyfile(path, target)
 
-            def write(directory: Path) -> dict[str, FileInfo]:
+            def finish(directory: Path) -> dict[str, FileInfo]:
+                if write is not None:
+                    write(copied, directory)
                 self._faults.in_save(self._saves, step)
                 return {
                     str(path.relative_to(directory)): hash_file(path)
@@ -451,7 +465,7 @@ class CheckpointManager:
                     if path.is_file()
                 }
 
-            self._submit(manifest, staged, write)
+            self._submit(manifest, staged, finish)
 
     def boundary(self, step: int, save: Callable[[], None], *, savable: bool = True) -> None:
         """For adapters of frameworks that own the loop: ``step`` is done; call ``save`` when due or asked to stop.

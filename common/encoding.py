@@ -10,8 +10,9 @@ import collections
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -35,6 +36,7 @@ class Array:
     shape: tuple[int, ...]
     nbytes: int
     copy_to: Callable[[int], None]  # writes nbytes to a memory address
+    on_gpu: Any = None  # the tensor, when it lies on a CUDA device
 
 
 # safetensors' name of each dtype; torch's names are looked up by string so that this module never imports torch
@@ -46,6 +48,7 @@ _TORCH_DTYPES = {
     **{name: code for name, code in _NUMPY_DTYPES.items()},
     "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
+_PLAIN = {int, bool, str, type(None)}
 NUMPY_OF = {code: name for name, code in _NUMPY_DTYPES.items()}
 TORCH_OF = {code: name for name, code in _TORCH_DTYPES.items()}
 
@@ -70,10 +73,9 @@ def _encode(value: Any, path: str, arrays: dict[str, Array]) -> Any:
     if isinstance(value, dict):
         return _encode_dict(cast("dict[Any, Any]", value), path, arrays)
     if kind is list:
-        return [_encode(item, f"{path}/{i}", arrays) for i, item in enumerate(value)]
+        return _encode_items(value, path, arrays)
     if isinstance(value, tuple):  # torch.Size and named tuples become plain tuples
-        items = cast("tuple[Any, ...]", value)
-        return {"$tuple": [_encode(item, f"{path}/{i}", arrays) for i, item in enumerate(items)]}
+        return {"$tuple": _encode_items(cast("tuple[Any, ...]", value), path, arrays)}
     if kind in (bytes, bytearray):
         return {"$bytes": base64.b64encode(value).decode()}
     if isinstance(value, np.ndarray):
@@ -89,6 +91,12 @@ def _encode(value: Any, path: str, arrays: dict[str, Array]) -> Any:
         "A checkpoint holds tensors, numpy arrays, numbers, strings, bytes, lists, tuples and dicts; give the object "
         "a state_dict() of those."
     )
+
+
+def _encode_items(items: Sequence[Any], path: str, arrays: dict[str, Array]) -> list[Any]:
+    if _PLAIN.issuperset(map(type, items)):  # the 625 numbers of Python's random state, in every checkpoint
+        return list(items)
+    return [_encode(item, f"{path}/{i}", arrays) for i, item in enumerate(items)]
 
 
 def _encode_dict(value: dict[Any, Any], path: str, arrays: dict[str, Array]) -> Any:
@@ -126,18 +134,27 @@ def _numpy_array(value: "np.ndarray[Any, Any]", path: str) -> Array:
     return Array(_NUMPY_DTYPES[value.dtype.name], value.shape, contiguous.nbytes, copy_to)
 
 
+@cache
+def _torch_codes(torch: Any) -> dict[Any, str]:
+    return {getattr(torch, name): code for name, code in _TORCH_DTYPES.items() if hasattr(torch, name)}
+
+
 def _torch_array(value: Any, path: str) -> Array:
-    name = str(value.dtype).removeprefix("torch.")
-    if name not in _TORCH_DTYPES or value.layout != sys.modules["torch"].strided:
-        raise CheckpointError(f"cannot save {path}: tensors of {value.dtype} and {value.layout} are not supported")
+    torch = sys.modules["torch"]
+    code = _torch_codes(torch).get(value.dtype)
+    if code is None or value.layout != torch.strided or value.is_meta:
+        raise CheckpointError(
+            f"cannot save {path}: a tensor of {value.dtype} and {value.layout} on {value.device} is not supported"
+        )
 
     def copy_to(address: int) -> None:
         # memmove on one thread: torch's own copy_ takes 7 to 37 times as long when it spreads over busy cores
-        source = value.detach()
-        source = (source if source.device.type == "cpu" else source.cpu()).contiguous()
+        source = value
+        if not (source.is_cpu and source.is_contiguous()) or source.is_neg() or source.is_conj():
+            source = source.detach().cpu().resolve_conj().resolve_neg().contiguous()
         ctypes.memmove(address, source.data_ptr(), source.nbytes)
 
-    return Array(_TORCH_DTYPES[name], tuple(value.shape), value.nbytes, copy_to)
+    return Array(code, tuple(value.shape), value.nbytes, copy_to, value if value.is_cuda else None)
 
 
 def decode(tree: Any, tensor: Callable[[str], Any], array: Callable[[str], Any]) -> Any:

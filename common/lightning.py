@@ -22,6 +22,7 @@ from .sampler import ResumableSampler
 from .state import TrainState, rng_state, set_rng_state
 
 pl: Any = import_module("lightning.pytorch")  # it carries no types
+CheckpointIO: Any = import_module("lightning.pytorch.plugins.io").CheckpointIO
 
 FILE, KEPT = "trainer.ckpt", "model_checkpoints"  # what a checkpoint consists of
 _PLACE = "$directory"  # stands for the manager's directory, which is another one in every process
@@ -85,9 +86,10 @@ class ResumableLoader(DataLoader[Any]):
 class CheckpointCallback(pl.callbacks.Checkpoint):
     """Brings a ``trainer.fit`` back, bit for bit, after any kill, also in the middle of an epoch.
 
-    Lightning writes and reads the checkpoint (``trainer.save_checkpoint``, ``ckpt_path``); the manager decides when,
-    verifies it, and keeps the newest. The callback adds what Lightning leaves out: the random states, the metric
-    history, the files of ModelCheckpoint, and a way around the last batch of an epoch, where a checkpoint of Lightning
+    Lightning makes, writes and reads the checkpoint (``trainer.save_checkpoint``, ``ckpt_path``); the manager decides
+    when, has it written in the background from a copy, verifies it, and keeps the newest. The callback adds what
+    Lightning leaves out: the random states, the metric history, the files of ModelCheckpoint, and a way around the last
+    batch of an epoch, where a checkpoint of Lightning
     would skip the validation or, with some loaders, the next epoch::
 
         checkpoint = CheckpointCallback(checkpoints)
@@ -210,7 +212,6 @@ class CheckpointCallback(pl.callbacks.Checkpoint):
             return
         with tempfile.TemporaryDirectory(dir=self._directory) as name:
             directory = Path(name)
-            trainer.save_checkpoint(directory / FILE, weights_only=False)  # all of the state
             for callback in _model_checkpoints(trainer):
                 paths = {callback.best_model_path, callback.last_model_path, *callback.best_k_models}
                 for path in filter(None, paths):
@@ -218,7 +219,11 @@ class CheckpointCallback(pl.callbacks.Checkpoint):
                     link.parent.mkdir(parents=True, exist_ok=True)
                     link.symlink_to(os.path.realpath(path))
             metrics = self._of_validation if state.step_in_epoch == 0 else {}
-            self._checkpoints.save_files(directory, step=state.step, epoch=state.epoch, metrics=metrics)
+            content, io = _checkpoint_of(trainer)
+            self._checkpoints.save_files(
+                directory, step=state.step, epoch=state.epoch, metrics=metrics,
+                tree=content, write=lambda content, directory: io.save_checkpoint(content, directory / FILE),
+            )  # fmt: skip
         self._saved = (state.step, state.epoch)
 
     # ------------------------------------------------------------ called by fit, in this order
@@ -336,6 +341,32 @@ class CheckpointCallback(pl.callbacks.Checkpoint):
                     f"ModelCheckpoint writes to {callback.dirpath}, where files of an attempt that was killed would "
                     "stay: give it a directory in checkpoints.directory, whose files are part of every checkpoint"
                 )
+
+
+class _Collector(CheckpointIO):
+    """Takes what Lightning would write."""
+
+    content: Any = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.content = checkpoint
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def remove_checkpoint(self, path: Any) -> None:
+        raise NotImplementedError
+
+
+def _checkpoint_of(trainer: Any) -> tuple[dict[str, Any], Any]:
+    """What ``trainer.save_checkpoint`` would write, all of the state, and the plugin that would write it."""
+    strategy, collector = trainer.strategy, _Collector()
+    io, strategy.checkpoint_io = strategy.checkpoint_io, collector
+    try:
+        trainer.save_checkpoint(FILE, weights_only=False)
+    finally:
+        strategy.checkpoint_io = io
+    return collector.content, io
 
 
 def _model_checkpoints(trainer: Any) -> list[Any]:

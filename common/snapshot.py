@@ -5,19 +5,22 @@ it. The layout is the public safetensors format (an 8-byte length, a JSON header
 safetensors reader opens the file: https://github.com/huggingface/safetensors#format
 """
 
+import copy
 import ctypes
 import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import xxhash
 
-from .encoding import NUMPY_OF, TORCH_OF, Array
+from .encoding import NUMPY_OF, TORCH_OF, Array, encode
 from .errors import InvalidCheckpoint
 
 _CHUNK = 8 << 20
@@ -32,7 +35,8 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._buffer = _memory(0)
-        self._header = b""
+        self._unpin: Callable[[], None] | None = None
+        self._layout: list[tuple[str, str, tuple[int, ...], int]] = []  # name, dtype, shape, nbytes
         self._size = 0
 
     @property
@@ -40,48 +44,118 @@ class Snapshot:
         """Bytes of array data held."""
         return self._size
 
-    def reserve(self, size: int) -> None:
-        """Have ``size`` bytes ready, touched: the first copy into fresh memory takes many times as long."""
-        if size > self._buffer.nbytes:
-            self._buffer = _memory(size)
-            self._buffer.fill(0)
+    def reserve(self, size: int, *, pinned: bool = False) -> None:
+        """Have ``size`` bytes ready, touched: the first copy into fresh memory takes many times as long.
+
+        ``pinned`` memory is what a GPU writes to at full speed; it cannot be swapped out.
+        """
+        self._allocate(size, pinned)
+        self._buffer.fill(0)
 
     def take(self, arrays: Mapping[str, Array]) -> None:
         """Copy every array. Runs on the training thread; when it returns the arrays may change."""
         # widest first, as the safetensors library does, so that every tensor is aligned to its item size
-        order = sorted(arrays, key=lambda name: -_ITEMSIZE[arrays[name].dtype])
-        size = sum(arrays[name].nbytes for name in order)
-        if size > self._buffer.nbytes:
-            self._buffer = _memory(size)
-        header: dict[str, Any] = {}
-        offset, base = 0, self._buffer.ctypes.data
-        for name in order:
-            array = arrays[name]
-            if array.nbytes:
+        ordered = sorted(arrays.items(), key=lambda item: -_ITEMSIZE[item[1].dtype])
+        self._layout = [(name, array.dtype, array.shape, array.nbytes) for name, array in ordered]
+        self._size = sum(array.nbytes for array in arrays.values())
+        self._allocate(self._size, any(array.on_gpu is not None for array in arrays.values()))
+        base, offset = self._buffer.ctypes.data, 0
+        from_gpu: list[tuple[Any, int]] = []
+        for _, array in ordered:
+            if array.on_gpu is not None:
+                from_gpu.append((array.on_gpu, offset))
+            elif array.nbytes:
                 array.copy_to(base + offset)
-            header[name] = {
-                "dtype": array.dtype,
-                "shape": list(array.shape),
-                "data_offsets": [offset, offset + array.nbytes],
-            }
             offset += array.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._header = len(text).to_bytes(8, "little") + text
-        self._size = size
+        if from_gpu:
+            _copy_from_gpu(from_gpu, self._buffer)
+
+    def copy(self, tree: Any) -> Any:
+        """A deep copy of ``tree`` whose torch tensors are copied as by :meth:`take`; good until the next one."""
+        torch: Any = import_module("torch")
+        found: dict[str, Any] = {}
+        _find_tensors(tree, torch.Tensor, found)
+        self.take({name: encode(tensor)[1][""] for name, tensor in found.items()})
+        copies, offset = dict[int, Any](), 0
+        for name, _, shape, nbytes in self._layout:
+            tensor = found[name]
+            memory = self._buffer[offset : offset + nbytes]
+            # each in a storage of its own: torch.save would store the whole buffer with every view of it
+            copies[id(tensor)] = (
+                torch.frombuffer(memory, dtype=tensor.dtype).view(shape)
+                if nbytes
+                else torch.empty(shape, dtype=tensor.dtype)
+            )
+            offset += nbytes
+        return copy.deepcopy(tree, copies)
 
     def write(self, path: Path) -> tuple[int, str]:
         """Write the snapshot to ``path``, durably. Returns its size in bytes and its xxh3_128 hash."""
-        digest = xxhash.xxh3_128(self._header)
+        header = self._header()
+        digest = xxhash.xxh3_128(header)
         data = memoryview(self._buffer)[: self._size]
         with open(path, "xb", buffering=0) as file:
-            _write_all(file.fileno(), memoryview(self._header))
+            _write_all(file.fileno(), memoryview(header))
             for start in range(0, self._size, _CHUNK):
                 chunk = data[start : start + _CHUNK]
                 digest.update(chunk)
                 _write_all(file.fileno(), chunk)
             os.fsync(file.fileno())
-        return len(self._header) + self._size, digest.hexdigest()
+        return len(header) + self._size, digest.hexdigest()
+
+    def _header(self) -> bytes:
+        header: dict[str, Any] = {}
+        offset = 0
+        for name, dtype, shape, nbytes in self._layout:
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            offset += nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def _allocate(self, size: int, pinned: bool) -> None:
+        if size > self._buffer.nbytes:
+            if self._unpin is not None:
+                self._unpin()
+                self._unpin = None
+            self._buffer = _memory(size)
+        if pinned and self._unpin is None:
+            self._unpin = _pin(self._buffer)
+
+
+def _find_tensors(tree: Any, kind: Any, found: dict[str, Any]) -> None:
+    if type(tree) is kind and not tree.requires_grad:
+        found[str(id(tree))] = tree
+    elif isinstance(tree, (dict, list, tuple)):
+        values = cast("Any", tree.values() if isinstance(tree, dict) else tree)
+        for value in values:
+            _find_tensors(value, kind, found)
+
+
+def _pin(buffer: Any) -> Callable[[], Any]:
+    # not torch's pin_memory=True, which rounds up to a power of two: 9 GB would take 16
+    runtime: Any = cast("Any", import_module("torch")).cuda.cudart()
+    runtime.cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0)  # refused, the copy is slower and right all the same
+    unpin = weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.ctypes.data)
+    unpin.atexit = False
+    return unpin
+
+
+def _copy_from_gpu(tensors: Sequence[tuple[Any, int]], buffer: Any) -> None:
+    """Copy tensors to their offsets in ``buffer``, on a stream of their own, and wait: then they may change."""
+    torch: Any = import_module("torch")
+    target = torch.from_numpy(buffer)
+    streams: dict[Any, Any] = {}
+    for tensor, offset in tensors:
+        stream = streams.get(tensor.device)
+        if stream is None:
+            stream = streams[tensor.device] = torch.cuda.Stream(tensor.device)
+            stream.wait_stream(torch.cuda.current_stream(tensor.device))  # the step that is still being computed
+        with torch.cuda.stream(stream):
+            place = target[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            place.copy_(tensor.detach(), non_blocking=True)  # queued; none is waited for before all are
+    for stream in streams.values():
+        stream.synchronize()
 
 
 def _memory(size: int) -> Any:

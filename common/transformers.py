@@ -156,7 +156,7 @@ class CheckpointCallback(transformers.TrainerCallback):
             totals["tokens"] = getattr(trainer, _TOKENS)
         (directory / _TOTALS).write_text(json.dumps(totals) + "\n")
         self._checkpoints.save_files(
-            directory, step=state.global_step, epoch=int(state.epoch), metrics=dict(self._metrics)
+            directory, step=state.global_step, epoch=int(state.epoch), metrics=dict(self._metrics), move=True
         )
         shutil.rmtree(directory)
         self._wanted = control.should_save = False

@@ -1,5 +1,6 @@
 """The guarantees G1 to G10 of the manager, on a directory. test_metaflow_store.py has them on Metaflow's datastore."""
 
+import collections
 import json
 import os
 import pickle
@@ -690,3 +691,37 @@ def test_the_same_for_the_files_of_a_framework(tmp_path):
         assert (checkpoints.load_best_files() / "weights").read_text() == "1"
     with CheckpointManager(tmp_path / "c") as checkpoints, pytest.raises(CheckpointError, match="needs .*keep_best"):
         checkpoints.load_best_files()
+
+
+def test_what_is_written_in_the_background_is_a_copy(tmp_path):
+    """G6 for a framework's own file: the tree may change when save_files returns; no memory but its own is stored."""
+    torch = pytest.importorskip("torch", reason="torch is not among this example's requirements")
+    tied, begun, go_on = torch.ones(1000), threading.Event(), threading.Event()
+    tree = {"model": collections.OrderedDict(a=tied, b=tied, bf16=torch.ones(3, dtype=torch.bfloat16)),
+            "optimizer": {"state": {0: {"step": torch.tensor(1.0), "empty": torch.zeros(0, 2)}}, "lr": 0.1},
+            "parameter": torch.nn.Parameter(torch.ones(5)), "view": torch.arange(10.0)[2:4]}  # fmt: skip
+
+    def write(copied, directory):
+        begun.set()
+        go_on.wait()
+        torch.save(copied, directory / "state.pt")
+
+    with CheckpointManager(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.restore_files()
+        (tmp_path / "empty").mkdir()
+        for step in (1, 2):  # the second uses the same memory
+            tied.fill_(step)
+            go_on.clear()
+            checkpoints.save_files(tmp_path / "empty", step=step, tree=tree, write=write)
+            assert begun.wait(10)
+            tied.zero_()
+            tree["optimizer"]["lr"] = 0.2
+            go_on.set()
+            path = checkpoints.load_files(checkpoints.latest) / "state.pt"
+            saved = torch.load(path, weights_only=True)
+            assert torch.equal(saved["model"]["a"], torch.full((1000,), float(step)))
+            assert saved["model"]["a"].data_ptr() == saved["model"]["b"].data_ptr(), "tied tensors stay tied"
+            assert type(saved["model"]) is collections.OrderedDict and saved["model"]["bf16"].dtype == torch.bfloat16
+            assert saved["optimizer"]["state"][0]["empty"].shape == (0, 2) and saved["optimizer"]["lr"] == 0.1 * step
+            assert saved["view"].tolist() == [2.0, 3.0] and saved["parameter"].requires_grad
+            assert path.stat().st_size < 2 * tied.nbytes

@@ -10,9 +10,21 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import CheckpointManager, TrainState
 from common.encoding import History, decode, encode, plain_json
 from common.errors import CheckpointError, InvalidCheckpoint
 from common.snapshot import Snapshot, StateFile
+
+
+class CheckpointedTree(TrainState):
+    """A state that is one tree."""
+
+    def __init__(self, tree):
+        super().__init__()
+        self.tree = tree
+
+    def state_dict(self):
+        return {"tree": self.tree}
 
 
 def through_a_file(tree, directory):
@@ -114,6 +126,59 @@ def test_the_snapshot_is_of_one_point_in_time(tmp_path):
         read = stored.array("value")
         stored.read()
         assert (read == number).all()
+
+
+def tensors_of_every_kind(torch, device):
+    base = torch.arange(24, dtype=torch.float32, device=device).reshape(4, 6)
+    tied = torch.randn(3, 3, device=device)
+    return {
+        "plain": torch.randn(5, 7, device=device),
+        "view": base[1:3],
+        "transposed": base.t(),
+        "every second": base[:, ::2],
+        "tied one": tied,
+        "tied two": tied,
+        "parameter": torch.nn.Parameter(torch.randn(4, device=device)),
+        "bf16": torch.randn(5, device=device).to(torch.bfloat16),
+        "bool": torch.tensor([True, False, True], device=device),
+        "complex, conjugated": torch.randn(3, dtype=torch.complex64, device=device).conj(),
+        "0-d": torch.tensor(3.5, device=device),
+        "empty": torch.zeros(0, 3, device=device),
+        "int64": torch.arange(3, device=device),
+    }
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tensors_of_every_kind_may_change_right_after_save(tmp_path, device):
+    """G6: save() returns when the state is copied; what an optimizer does in place a moment later is not in it."""
+    torch = pytest.importorskip("torch", reason="torch is not among this example's requirements")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    tree = tensors_of_every_kind(torch, device)
+    expected = {name: tensor.detach().clone().resolve_conj().cpu() for name, tensor in tree.items()}
+    state = CheckpointedTree(tree)
+    with CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.restore(state)
+        for step in range(1, 4):  # the buffer is used again
+            state.step = step
+            checkpoints.save(state)
+            with torch.no_grad():
+                for tensor in tree.values():
+                    tensor.fill_(1) if tensor.is_conj() else tensor.zero_()
+            saved = checkpoints.load_state(checkpoints.latest)["tree"]
+            assert saved.keys() == expected.keys()
+            for name, tensor in saved.items():
+                assert tensor.dtype == expected[name].dtype and tensor.shape == expected[name].shape, name
+                assert torch.equal(tensor, expected[name]), name
+            with torch.no_grad():
+                for name, tensor in tree.items():
+                    tensor.copy_(expected[name])
+
+
+def test_a_meta_tensor_is_refused(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not among this example's requirements")
+    with pytest.raises(CheckpointError, match="cannot save tree/lazy: .* on meta"):
+        encode({"tree": {"lazy": torch.zeros(3, device="meta")}})
 
 
 @given(st.data())

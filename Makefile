@@ -14,7 +14,7 @@ OWN := $(patsubst %/constraints.txt,%,$(wildcard */constraints.txt))
 SHARED := $(filter-out $(OWN),$(EXAMPLES))
 EX ?=
 
-.PHONY: help demo test test-all example copy new lint constraints clean
+.PHONY: help demo test test-all bench bench-quick bench-check example copy new lint constraints clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,15 @@ endif
 test-all: .venv/ready $(OWN:%=.venvs/%/test-ready)  ## the suite with everything that does not fit into it
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -n 2 --dist loadgroup --all
 	@for example in $(OWN); do $(MAKE) --no-print-directory test EX=$$example || exit 1; done
+
+bench: .venv/ready  ## what a checkpoint costs, beside its peers: benchmarks/RESULTS.md (15 minutes)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" python benchmarks/run.py
+
+bench-quick: .venv/ready  ## the same with smaller states, printed only (3 minutes)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" python benchmarks/run.py --quick
+
+bench-check: .venv/ready  ## fails when a ratio is more than 25% above the committed one
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" python benchmarks/run.py --check
 
 example:  ## run one: make example EX=mnist_torch_vanilla ARGS="--epochs 3"
 	@test -n "$(EX)" || { echo "Which one? make example EX=name, with one of: $(EXAMPLES)"; exit 1; }

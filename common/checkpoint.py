@@ -128,6 +128,7 @@ class CheckpointManager:
         self._damaged: list[Entry] = []
         self._config: dict[str, Any] | None = None
         self._environment: dict[str, Any] = {}
+        self._resumed_from: list[int] | None = None
         self._sequence = 0
         self._best: float | None = None
         self._last_save = (time.monotonic(), -1)  # when, and at which step
@@ -363,6 +364,7 @@ class CheckpointManager:
             if self._total_steps is not None and chosen.step >= self._total_steps:
                 parts.append("all steps are done" + (", --fresh starts anew" if self._is_directory else ""))
             self._events.add("resumed", step=chosen.step, epoch=chosen.epoch, source=chosen.where)
+            self._resumed_from = None
         elif found or rejected:
             parts.append("NONE IS VALID, training starts again from step 0")
         else:
@@ -391,7 +393,7 @@ class CheckpointManager:
             if not self._reserved and not self._saves:  # only now do most optimizers have their state
                 self._reserved = True
                 arrays = encode(state.state_dict())[1].values()
-                size, on_gpu = sum(a.nbytes for a in arrays), any(a.on_gpu is not None for a in arrays)
+                size, on_gpu = sum(a.nbytes for a in arrays), any(a.on_gpu for a in arrays)
                 self._writer.submit(lambda: self._snapshot.reserve(size, pinned=on_gpu))
             plain = state.log(metrics) if metrics else {}
             self._boundary(state.step, lambda: self._save_state(state, plain))
@@ -584,9 +586,9 @@ class CheckpointManager:
             files[TREE] = hash_file(directory / TREE)
             return files
 
-        staged = self._stage(state.step)
+        self._saves += 1
         number, state_step = self._saves, state.step
-        self._submit(manifest, staged, write)
+        self._submit(manifest, None, write)
         self._saved_position = (state.step, state.epoch)
 
     def _stage(self, step: int) -> Path:
@@ -596,14 +598,16 @@ class CheckpointManager:
         except OSError as error:
             raise self._write_failed(step, error) from error
 
-    def _submit(self, manifest: Manifest, staged: Path, write: Callable[[Path], dict[str, FileInfo]]) -> None:
+    def _submit(self, manifest: Manifest, staged: Path | None, write: Callable[[Path], dict[str, FileInfo]]) -> None:
         began = time.monotonic()
 
         def job() -> None:
+            directory = staged
             try:
-                complete = dataclasses.replace(manifest, files=write(staged))
-                complete.write(staged)
-                entry = self._store.commit(staged, complete)
+                directory = directory or self._store.stage()
+                complete = dataclasses.replace(manifest, files=write(directory))
+                complete.write(directory)
+                entry = self._store.commit(directory, complete)
                 self._entries.append(entry)
                 self._stop.saved(time.monotonic() - began)
                 size = sum(info.size for info in complete.files.values())
@@ -612,7 +616,8 @@ class CheckpointManager:
                                  seconds=took, blocked=blocked)  # fmt: skip
                 self._delete_old()
             except OSError as error:
-                shutil.rmtree(staged, ignore_errors=True)
+                if directory is not None:
+                    shutil.rmtree(directory, ignore_errors=True)
                 raise self._write_failed(manifest.step, error) from error
 
         self._writer.submit(job)
@@ -657,7 +662,9 @@ class CheckpointManager:
     @property
     def resumed_from(self) -> list[int]:
         """The steps that the attempts of this training resumed from, in order."""
-        return [event["step"] for event in self._events.all() if event["event"] == "resumed"]
+        if self._resumed_from is None:  # asked for in every save, by when the log may be long
+            self._resumed_from = [event["step"] for event in self._events.all() if event["event"] == "resumed"]
+        return list(self._resumed_from)
 
     def load_state(self, reference: Reference) -> dict[str, Any]:
         """The verified state of a checkpoint (``checkpoints.latest``, ...) as a private tree. Raises InvalidCheckpoint.

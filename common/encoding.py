@@ -11,9 +11,8 @@ import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -28,15 +27,37 @@ class History(list[dict[str, Any]]):
     """
 
 
-@dataclass(frozen=True)
-class Array:
-    """A tensor or numpy array met by :func:`encode`: how to describe it and how to copy its bytes."""
+class Array(NamedTuple):
+    """A tensor or numpy array met by :func:`encode`: how to describe it, and the thing itself."""
 
     dtype: str  # in safetensors' names: F32, I64, BOOL, ...
     shape: tuple[int, ...]
     nbytes: int
-    copy_to: Callable[[int], None]  # writes nbytes to a memory address
-    on_gpu: Any = None  # the tensor, when it lies on a CUDA device
+    source: Any  # a contiguous numpy array or a torch tensor
+
+    @property
+    def on_gpu(self) -> bool:
+        return type(self.source) is not np.ndarray and self.source.is_cuda
+
+    @property
+    def address(self) -> int | None:
+        """Where the bytes lie, or None when they do not lie in a row in this machine's memory."""
+        source = self.source
+        if type(source) is np.ndarray:
+            return source.ctypes.data
+        if source.is_cpu and source.is_contiguous() and not source.is_neg() and not source.is_conj():
+            return source.data_ptr()
+        return None
+
+    def copy_to(self, target: int) -> None:
+        """Write ``nbytes`` to a memory address."""
+        # memmove on one thread: torch's own copy_ takes 7 to 37 times as long when it spreads over busy cores
+        address = self.address
+        if address is not None:
+            ctypes.memmove(target, address, self.nbytes)
+            return
+        source = self.source.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        ctypes.memmove(target, source.data_ptr(), self.nbytes)
 
 
 # safetensors' name of each dtype; torch's names are looked up by string so that this module never imports torch
@@ -63,15 +84,19 @@ def encode(tree: Any) -> tuple[Any, dict[str, Array]]:
 
 
 def _encode(value: Any, path: str, arrays: dict[str, Array]) -> Any:
+    # the kinds that a checkpoint has by the hundred first: each costs time on the training thread
     kind = cast("type[Any]", type(value))
-    if value is None or kind in (bool, int, str):
+    if kind in _PLAIN:
         return value
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return {"$tensor": _take(path, _torch_array(value, path), arrays)}
+    if isinstance(value, dict):
+        return _encode_dict(cast("dict[Any, Any]", value), path, arrays)
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if kind is History:
         return {"$history": list(value)}
-    if isinstance(value, dict):
-        return _encode_dict(cast("dict[Any, Any]", value), path, arrays)
     if kind is list:
         return _encode_items(value, path, arrays)
     if isinstance(value, tuple):  # torch.Size and named tuples become plain tuples
@@ -83,9 +108,6 @@ def _encode(value: Any, path: str, arrays: dict[str, Array]) -> Any:
     if isinstance(value, np.generic):
         scalar = cast("np.generic[Any]", value)
         return {"$scalar": [scalar.dtype.name, _encode(scalar.item(), path, arrays)]}
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        return {"$tensor": _take(path, _torch_array(value, path), arrays)}
     raise CheckpointError(
         f"cannot save {path or 'the state'}: a {kind.__module__}.{kind.__qualname__} has no exact, pickle-free form. "
         "A checkpoint holds tensors, numpy arrays, numbers, strings, bytes, lists, tuples and dicts; give the object "
@@ -100,14 +122,21 @@ def _encode_items(items: Sequence[Any], path: str, arrays: dict[str, Array]) -> 
 
 
 def _encode_dict(value: dict[Any, Any], path: str, arrays: dict[str, Array]) -> Any:
-    plain = all(type(key) is str and not key.startswith("$") for key in value)
-    if plain and not isinstance(value, collections.Counter):
-        return {key: _encode(item, f"{path}/{key}" if path else key, arrays) for key, item in value.items()}
-    pairs = [[_encode_key(key, path), _encode(item, f"{path}/{key}", arrays)] for key, item in value.items()]
+    plain = type(value) is not collections.Counter
+    prefix = f"{path}/" if path else ""
+    encoded: dict[Any, Any] = {}
+    for key, item in value.items():
+        encoded[key] = _encode(item, f"{prefix}{key}", arrays)
+        plain = plain and type(key) is str and key[:1] != "$"
+    if plain:
+        return encoded
+    pairs = [[_encode_key(key, path), item] for key, item in encoded.items()]
     return {"$counter" if isinstance(value, collections.Counter) else "$dict": pairs}
 
 
 def _encode_key(key: Any, path: str) -> Any:
+    if type(key) is int:
+        return key
     if isinstance(key, (str, int, float, bool, tuple)) or key is None:
         return _encode(key, path, {})
     raise CheckpointError(f"cannot save {path}: the dict key {key!r} is not a string, number or tuple of those")
@@ -126,12 +155,8 @@ def _numpy_array(value: "np.ndarray[Any, Any]", path: str) -> Array:
         raise CheckpointError(
             f"cannot save {path}: numpy arrays of dtype {value.dtype} have no exact, pickle-free form"
         )
-    contiguous = np.ascontiguousarray(value)
-
-    def copy_to(address: int) -> None:
-        ctypes.memmove(address, contiguous.ctypes.data, contiguous.nbytes)
-
-    return Array(_NUMPY_DTYPES[value.dtype.name], value.shape, contiguous.nbytes, copy_to)
+    contiguous = cast("Any", np.ascontiguousarray(value)).view(np.ndarray)
+    return Array(_NUMPY_DTYPES[value.dtype.name], value.shape, contiguous.nbytes, contiguous)
 
 
 @cache
@@ -147,14 +172,7 @@ def _torch_array(value: Any, path: str) -> Array:
             f"cannot save {path}: a tensor of {value.dtype} and {value.layout} on {value.device} is not supported"
         )
 
-    def copy_to(address: int) -> None:
-        # memmove on one thread: torch's own copy_ takes 7 to 37 times as long when it spreads over busy cores
-        source = value
-        if not (source.is_cpu and source.is_contiguous()) or source.is_neg() or source.is_conj():
-            source = source.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        ctypes.memmove(address, source.data_ptr(), source.nbytes)
-
-    return Array(code, tuple(value.shape), value.nbytes, copy_to, value if value.is_cuda else None)
+    return Array(code, tuple(value.shape), value.nbytes, value)
 
 
 def decode(tree: Any, tensor: Callable[[str], Any], array: Callable[[str], Any]) -> Any:

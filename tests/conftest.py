@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import gallery  # noqa: E402
-from preforked import Preforked  # noqa: E402
+import preforked  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,19 +72,20 @@ def preforked_commands(pytestconfig: pytest.Config) -> Iterator[None]:
     """In an example's own environment, a command that takes long to import is imported once; see preforked.py."""
     chosen = pytestconfig.getoption("--example") or []
     specs = [one.toml["preforked"] for one in gallery.discover() if one.name in chosen and "preforked" in one.toml]
-    commands = [Preforked(**spec) for spec in specs]
+    commands = [preforked.Preforked(**spec) for spec in specs]
     path = os.environ["PATH"]
     os.environ["PATH"] = os.pathsep.join([*(str(command.directory) for command in commands), path])
     yield
     os.environ["PATH"] = path
     for command in commands:
         command.close()
+    preforked.close()
 
 
 @pytest.fixture(scope="session")
 def straight_run(example: gallery.Example) -> gallery.FlowRun:
     """The example's flow with its smoke arguments, left alone."""
-    return gallery.run_flow(example, *example.smoke)
+    return gallery.run_flow(example, *example.smoke, python=sys.executable)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import preforked
+
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -81,10 +83,14 @@ class FlowRun:
         logs = sorted((root / self.flow_name / self.run_id).glob(f"{step}/*/*.jsonl"))
         return [{"attempt": int(log.stem), **json.loads(line)} for log in logs for line in log.read_text().splitlines()]
 
-    def card_data(self, step: str) -> str:
-        """What the cards of a step show, as the text of their data."""
-        pages = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"]).rglob(f"{self.run_id}/steps/{step}/**/*.html")
-        found = [re.findall(r'__MF_DATA__\[[^]]*\] = "([^"]+)"', page.read_text()) for page in pages]
+    def cards(self, step: str, name: str = "*") -> list[Path]:
+        """The cards of a step, of all its tasks and attempts."""
+        root = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"])
+        return list(root.rglob(f"{self.run_id}/steps/{step}/**/{name}.html"))
+
+    def card_data(self, step: str, name: str = "*") -> str:
+        """What these cards show, as the text of their data."""
+        found = [re.findall(r'__MF_DATA__\[[^]]*\] = "([^"]+)"', card.read_text()) for card in self.cards(step, name)]
         return "".join(base64.b64decode(data).decode() for page in found for data in page)
 
     def fired(self) -> list[str]:
@@ -109,10 +115,15 @@ def run_flow(
     env: dict[str, str] | None = None,
     check: bool = True,
     timeout: float = 240,
+    python: str | None = None,
 ) -> FlowRun:
-    """``python flow.py TOP run ARGUMENTS`` in an empty directory, as a user would run it."""
+    """``python flow.py TOP run ARGUMENTS`` in an empty directory, as a user would run it.
+
+    ``python`` is one that has imported the framework already, unless another is given; see preforked.py.
+    """
     cwd = Path(tempfile.mkdtemp(dir=os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"], prefix="cwd-"))
-    line = [sys.executable, str(example.path / file), *top, command, "--run-id-file", "run_id", *arguments]
+    python = python or preforked.python_of(example.path)
+    line = [python, str(example.path / file), *top, command, "--run-id-file", "run_id", *arguments]
     environment = {**os.environ, "FAULTS": faults, **(env or {})}
     done = subprocess.run(
         line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout

@@ -1,10 +1,10 @@
 """Checkpoints of a Metaflow task, on whatever datastore it uses, through ``metaflow.Checkpoint``.
 
 What this store writes is an ordinary Metaflow checkpoint: ``@model(load=...)``, ``current.checkpoint.load`` and
-``Checkpoint().list`` take it. Three things use private parts of metaflow-checkpoint, each with a way back to the
-public API and a contract test: a commit without a copy on a local datastore, unique version numbers, and a listing
-that survives an unreadable record. They stand together in :class:`_Library`. :class:`Reader`, for the command line,
-looks at any task from outside.
+``Checkpoint().list`` take it. Four things use private parts of metaflow-checkpoint, each with a way back to the
+public API and a contract test: a commit without a copy on a local datastore, one client on S3 (s3.py), unique version
+numbers, and a listing that survives an unreadable record. They stand together in :class:`_Library`. :class:`Reader`,
+for the command line, looks at any task from outside.
 """
 
 import copy
@@ -24,6 +24,7 @@ import metaflow
 from .errors import CheckpointError, InvalidCheckpoint
 from .events import Event, EventLog, parse
 from .manifest import FILE_NAME, Manifest
+from .s3 import S3Backend, S3Error, keep_client
 from .scratch import Scratch
 from .store import Entry, Listing, appender, entry_of, file_name, sync
 
@@ -79,13 +80,10 @@ class MetaflowStore:
 
     def _event_log(self) -> EventLog:
         attempt = int(self.task.attempt)
-        folder = f"mf.checkpoints/events/{self.task.pathspec}"
-        earlier: dict[int, list[Event]] = {}
-        for number in range(attempt + 1):
-            text = self._library.get(f"{folder}/{number}.jsonl")
-            if text is not None:
-                earlier[number] = parse(text)
-        return EventLog(attempt, earlier, self._library.appender(f"{folder}/{attempt}.jsonl"))
+        logs = [f"mf.checkpoints/events/{self.task.pathspec}/{number}.jsonl" for number in range(attempt + 1)]
+        texts = self._library.texts(logs)
+        earlier = {number: parse(texts[log]) for number, log in enumerate(logs) if log in texts}
+        return EventLog(attempt, earlier, self._library.appender(logs[-1], texts.get(logs[-1], "")))
 
     def stage(self) -> Path:
         return self._staging.directory()
@@ -123,18 +121,55 @@ class MetaflowStore:
     def open(self, entry: Entry) -> Path:
         directory = self._work.directory()
         # on a local datastore this makes symlinks into the store; the manager reads through them and hands out copies
-        _checkpoint_class().load(entry.reference, path=str(directory))
+        _load(self._library.backend, entry.reference, directory)
         if not (directory / FILE_NAME).exists() and entry.managed:
             raise InvalidCheckpoint(f"{FILE_NAME} is missing")
         return directory
 
     def delete(self, entry: Entry) -> None:
-        _metaflow.delete_model(entry.reference)
+        _delete(self._library.backend, entry.reference)
 
     def close(self) -> None:
         if self._staging is not self._work:
             self._staging.remove()
         self._work.remove()
+
+
+def _load(backend: Any, record: dict[str, Any], directory: Path) -> None:
+    if isinstance(backend, S3Backend) and record.get("storage_format") == "files":
+        backend.download(record["key"], directory)
+    else:
+        _checkpoint_class().load(record, path=str(directory))
+
+
+def _delete(backend: Any, record: dict[str, Any]) -> None:
+    if isinstance(backend, S3Backend):
+        backend.delete_checkpoint(record)
+    else:
+        _metaflow.delete_model(record)
+
+
+def _texts(backend: Any, paths: Sequence[str]) -> dict[str, str]:
+    """The contents of small files; one that is missing is left out."""
+    texts: dict[str, str] = {}
+    with backend.load_bytes(list(paths)) as found:
+        for path, file, _ in _pairs(found):
+            if file:
+                texts[path] = Path(file).read_text(encoding="utf-8", errors="replace")
+    return texts
+
+
+def _walk(backend: Any, folders: Sequence[str]) -> dict[str, int | None]:
+    """All files in some folders and below, with their sizes in bytes on S3."""
+    if isinstance(backend, S3Backend):
+        return {**backend.walk(folders)}
+    files: dict[str, int | None] = {}
+    level = list(folders)
+    while level:  # one operation for each level
+        found: list[Any] = list(backend.list_content(level))
+        files.update((item.path, None) for item in found if item.is_file)
+        level = [item.path.rstrip("/") for item in found if not item.is_file]
+    return files
 
 
 def _with_origins(flow: str, run: str) -> Iterator[str]:
@@ -161,7 +196,7 @@ def newest_step(pathspec: str) -> int:
 class Reader:
     """The checkpoints of any task on the configured datastore, seen from outside of it.
 
-    Reads in bulk, because each operation on an object store takes half a second in Metaflow's client.
+    Reads in bulk, because each operation on an object store has to wait for its answer.
 
     Raises:
         CheckpointError: there is no datastore.
@@ -180,7 +215,8 @@ class Reader:
                     "METAFLOW_DATASTORE_SYSROOT_LOCAL or METAFLOW_DEFAULT_DATASTORE as it was set there"
                 )
         tasks = "metaflow_extensions.obcheckpoint.plugins.machine_learning_utilities.datastore.task_utils"
-        self._backend: Any = import_module(tasks).init_datastorage_object()
+        # someone waits at the terminal: no more patience than the client itself has
+        self._backend: Any = keep_client(import_module(tasks).init_datastorage_object(), rounds=0)
         self.where = str(self._backend.datastore_root)
         _metaflow.namespace(None)  # everybody's runs
 
@@ -211,41 +247,29 @@ class Reader:
             raise CheckpointError(f"there is no checkpoint with the key {key} in {self.where}") from None
 
     def files(self, keys: Sequence[str]) -> dict[str, dict[str, int | None]]:
-        """The names of the files of each checkpoint, with their sizes where the datastore is local."""
+        """The names of the files of each checkpoint, with their sizes where the datastore tells them."""
         found: dict[str, dict[str, int | None]] = {key: {} for key in keys}
         local = self._backend.TYPE == "local"
-        for path in self._walk(keys):
+        for path, size in _walk(self._backend, keys).items():
             key = next((key for key in (path.rsplit("/", n)[0] for n in range(1, path.count("/"))) if key in found), "")
             if key:
-                found[key][path.removeprefix(f"{key}/")] = self._backend.size_file(path) if local else None
+                found[key][path.removeprefix(f"{key}/")] = self._backend.size_file(path) if local else size
         return found
 
     def texts(self, paths: Sequence[str]) -> dict[str, str]:
         """The contents of small files; one that is missing is left out."""
-        texts: dict[str, str] = {}
-        with self._backend.load_bytes(list(paths)) as found:
-            for path, file, _ in _pairs(found):
-                if file:
-                    texts[path] = Path(file).read_text(encoding="utf-8", errors="replace")
-        return texts
+        return _texts(self._backend, paths)
 
     def _walk(self, roots: Sequence[str]) -> list[str]:
-        files: list[str] = []
-        level = list(roots)
-        while level:  # one operation for each level
-            found: list[Any] = list(self._backend.list_content(level))
-            files += [item.path for item in found if item.is_file]
-            level = [item.path.rstrip("/") for item in found if not item.is_file]
-        return files
+        return list(_walk(self._backend, roots))
 
-    @staticmethod
-    def load(record: dict[str, Any], directory: Path) -> None:
+    def load(self, record: dict[str, Any], directory: Path) -> None:
         """Put a checkpoint's files, or symlinks to them, into ``directory``."""
-        _checkpoint_class().load(record, path=str(directory))
+        _load(self._backend, record, directory)
 
-    @staticmethod
-    def delete(record: dict[str, Any]) -> None:
-        _metaflow.delete_model(record)
+    def delete(self, record: dict[str, Any]) -> None:
+        """Delete a checkpoint."""
+        _delete(self._backend, record)
 
     @staticmethod
     def finished(pathspec: str) -> bool:
@@ -299,15 +323,18 @@ class _Library:
         self._saver = _checkpoint_class()
         self._version = 0
         self.private: Any = self._private_parts(attempt)
-        self._backend: Any = self.private.artifact_store._backend if self.private else None
+        self.backend: Any = keep_client(self.private.artifact_store._backend) if self.private else None
         self.local_root = (
-            Path(self._backend.datastore_root).resolve() if self.private and self._backend.TYPE == "local" else None
+            Path(self.backend.datastore_root).resolve() if self.private and self.backend.TYPE == "local" else None
         )
+        # a backend of our own, so that the user's current.checkpoint.save() keeps the library's way
         if self.local_root:
-            # a backend of our own, so that the user's current.checkpoint.save() keeps the library's way
-            renaming = copy.copy(self._backend)
+            renaming = copy.copy(self.backend)
             renaming.save_files = self._rename_into_store
             self.private.artifact_store._backend = renaming
+        if isinstance(self.backend, S3Backend):
+            for part in (self.private.artifact_store, self.private.metadata_store, self.private.artifact_metadatastore):
+                part._backend = self.backend
 
     def _private_parts(self, attempt: int) -> Any:
         """The library's own store object, or None when it is not what this module knows."""
@@ -327,7 +354,7 @@ class _Library:
         # the manifest last, as everywhere; only files in our own staging directory come here
         folders: set[Path] = set()
         for key, path in sorted(key_path_tuples, key=lambda pair: os.path.basename(pair[1]) == FILE_NAME):
-            target = Path(self._backend.full_uri(key))
+            target = Path(self.backend.full_uri(key))
             target.parent.mkdir(parents=True, exist_ok=True)
             folders.add(target.parent)
             os.chmod(path, 0o444)  # @model(load=) hands out symlinks: nobody should write through them by accident
@@ -351,12 +378,21 @@ class _Library:
     def records(self) -> tuple[list[dict[str, Any]], list[str]]:
         """The records of the task, of all attempts, and the faults met."""
         try:
-            records: list[dict[str, Any]] = self._saver.list()
+            records: list[dict[str, Any]] = (
+                self._read(self.private.metadata_store.FULL_PREFIX)
+                if isinstance(self.backend, S3Backend)
+                else self._saver.list()
+            )
         except Exception:
             if not self.private:
                 raise
             return self._list_and_mend()
         return records, self._check_latest()
+
+    def _read(self, folder: str) -> list[dict[str, Any]]:
+        # all at once, where the library reads one after the other
+        paths = [path for path in _walk(self.backend, [folder]) if path.endswith(".metadata")]
+        return [json.loads(text) for text in _texts(self.backend, paths).values()]
 
     def _list_and_mend(self) -> tuple[list[dict[str, Any]], list[str]]:
         # each record is stored twice; one that is unreadable makes list() raise for ever and a finished step fail,
@@ -377,6 +413,8 @@ class _Library:
                 store.metadata_store._save_metadata(key, twin)
                 records.append(twin)
                 faults.append(f"record {key} was unreadable and is mended from its copy")
+            except S3Error:
+                raise  # that it could not be asked for says nothing about it
             except Exception:
                 store.metadata_store.delete(key)
                 faults.append(f"record {key} and its copy were unreadable; removed")
@@ -396,7 +434,11 @@ class _Library:
     def search(self, pathspec: str, identifier: str) -> list[dict[str, Any]]:
         """The records of another run's step, for the same branch of a foreach."""
         try:
-            records = list(_checkpoint_class()._search(pathspec=pathspec))
+            if isinstance(self.backend, S3Backend):
+                root = self.private.metadata_store.FULL_PREFIX.removesuffix(self.private.pathspec)
+                records = self._read(f"{root}{pathspec}")
+            else:
+                records = list(_checkpoint_class()._search(pathspec=pathspec))
         except AttributeError:
             found: list[dict[str, Any]] = self._saver.list(full_namespace=True)
             records = [record for record in found if record["pathspec"].startswith(f"{pathspec}/")]
@@ -415,29 +457,24 @@ class _Library:
             if ".".join([attempt, *rest, "metadata"]) not in known:
                 store.artifact_store.delete_prefix(os.path.basename(path.key.rstrip("/")))
 
-    def get(self, key: str) -> str | None:
-        """A small text from the datastore, or None."""
-        if not self._backend:
-            return None
-        with self._backend.load_bytes([key]) as found:
-            for _, path, _ in _pairs(found):
-                return Path(path).read_text(encoding="utf-8") if path else None
-        return None
+    def texts(self, paths: Sequence[str]) -> dict[str, str]:
+        """The contents of small files of the datastore; one that is missing is left out."""
+        return _texts(self.backend, paths) if self.backend else {}
 
-    def appender(self, key: str) -> Callable[[str], None]:
-        """A function that appends to a small text in the datastore."""
+    def appender(self, key: str, before: str) -> Callable[[str], None]:
+        """A function that appends to a small text in the datastore, which has ``before`` in it."""
         if self.local_root:
             path = self.local_root / key
             path.parent.mkdir(parents=True, exist_ok=True)
             return appender(path)
-        lines = [self.get(key) or ""]
+        lines = [before]
 
         def append(text: str) -> None:
             from io import BytesIO
 
             lines.append(text)
-            if self._backend:  # an object store cannot append
-                self._backend.save_bytes([(key, BytesIO("".join(lines).encode()))], overwrite=True)
+            if self.backend:  # an object store cannot append
+                self.backend.save_bytes([(key, BytesIO("".join(lines).encode()))], overwrite=True)
 
         return append
 

@@ -14,7 +14,7 @@ ROOMS = [
     {"errors"},
     {"encoding", "events", "loopback_hub", "manifest", "policy", "process", "scratch", "stop", "writer"},
     {"data", "faults", "report", "sampler", "snapshot", "state", "tensors", "tiny_models"},
-    {"hub", "store"},
+    {"hub", "s3", "store"},
     {"metaflow_store"},
     {"torchrun"},
     {"checkpoint"},

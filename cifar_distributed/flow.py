@@ -42,6 +42,7 @@ class CifarDistributedFlow(FlowSpec):
         self.config = asdict(config)
         self.next(self.train, num_parallel=self.cluster_size)
 
+    @card(type="blank", id="training")  # how it went, and what it cost; refreshed while it trains
     @resources(cpu=2, memory=8000, shared_memory=2000)
     @retry(times=4, minutes_between_retries=0)
     @model
@@ -53,13 +54,18 @@ class CifarDistributedFlow(FlowSpec):
         import tempfile
         from pathlib import Path
 
-        with tempfile.TemporaryDirectory() as output, common.torchrun.node():  # it dies with its gang, and says why
+        with (
+            tempfile.TemporaryDirectory() as output,
+            common.report.follow(current.card["training"], f"{output}/card.jsonl"),  # draws what rank 0 writes there
+            common.torchrun.node(),  # it dies with its gang, and says why
+        ):
             keep = {
                 "save_every": self.save_every,
                 "keep_best": ["val_loss", "min"],
                 "resume_from": self.resume_from or common.torchrun.origin(),
                 "allow_changes": self.allow_changes,
                 "exact": self.exact,
+                "card": f"{output}/card.jsonl",
             }
             options = {"config": self.config, "timeout": self.timeout, "output": output, "checkpoints": keep}
             current.torch.run(

@@ -101,16 +101,19 @@ class DistributedCheckpointManager:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         faulthandler.cancel_dump_traceback_later()
-        if self._leader is not None:
-            self._leader.__exit__(kind, error, trace)
-        else:
-            self._stop.end(deliver=error is None)
+        lost: RankLost | None = None
         if isinstance(error, _dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             what = str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0]
-            raise RankLost(
+            lost = RankLost(
                 f"rank {rank()} of {world_size()} lost the others after step {self._step} ({what}): one of them died, "
                 f"was killed (out of memory?) or made no step for {self._timeout:g} s. All ranks must start again"
-            ) from error
+            )
+        if self._leader is not None:
+            self._leader.__exit__(kind, lost or error, trace)  # its log has the reason
+        else:
+            self._stop.end(deliver=error is None)
+        if lost is not None:
+            raise lost from error
 
     def restore(self, state: DistributedTrainState, config: Any = None, *, total_steps: int | None = None) -> bool:
         """Put rank 0's newest valid checkpoint into the state of every rank. See :meth:`CheckpointManager.restore`."""

@@ -4,17 +4,19 @@ The latter is drawn from two things only, the metric history and the event log o
 """
 
 import contextlib
+import json
 import math
 import os
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any, cast
 
 from .events import Event, EventLog
@@ -150,7 +152,7 @@ class Attempt:
     first: float | None  # when its first step was done
     kept_at: float  # when step `kept` was
     end: float  # its last sign of life
-    ending: str  # "running", "done", "stopped", "killed", or the name of an error
+    ending: str  # "running", "done", "stopped", "killed", "rank lost", or the name of an error
     blocked: float  # seconds that the training thread waited for saving
     kept_blocked: float  # of these, until ``kept_at``
     saves: int
@@ -175,7 +177,7 @@ def attempts(events: Sequence[Event], now: float | None = None) -> list[Attempt]
     return found
 
 
-_ENDINGS = {"StopRequested": "stopped", "KeyboardInterrupt": "stopped"}
+_ENDINGS = {"StopRequested": "stopped", "KeyboardInterrupt": "stopped", "RankLost": "rank lost"}
 
 
 def _attempt(number: int, log: list[Event], resumed: int | None, now: float | None) -> Attempt:
@@ -514,17 +516,14 @@ class _Thinned:
     """A history, thinned while it grows. What a refresh costs does not depend on how long the training is."""
 
     def __init__(self) -> None:
-        self._seen = 0
         self._newest: list[Mapping[str, Any]] = []
         self._kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}  # by their names, so that rare ones stay
         self._every: Counter[tuple[str, ...]] = Counter()
         self._skip: Counter[tuple[str, ...]] = Counter()
 
-    def records(self, history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Some hundred records of each kind, and the newest of all; what was there the last time is not read again."""
-        new = history[self._seen :]
-        self._seen += len(new)
-        for record in new:
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """The next ones of the history."""
+        for record in records:
             kind = tuple(record)
             if self._skip[kind]:
                 self._skip[kind] -= 1
@@ -535,102 +534,58 @@ class _Thinned:
                 del kept[1::2]
                 self._every[kind] = 2 * self._every[kind] + 1
             self._skip[kind] = self._every[kind]
-        self._newest = [*new[-1:]] or self._newest
+        self._newest = [*records[-1:]] or self._newest
+
+    def records(self) -> list[Mapping[str, Any]]:
+        """Some hundred records of each kind, and the newest of all."""
         found = [record for kept in self._kinds.values() for record in kept if record not in self._newest]
         return sorted([*found, *self._newest], key=lambda record: record["step"])
 
 
-class TrainingCard:
-    """Draws a training on a Metaflow card while it runs, on a thread of its own.
+class _Page:
+    """A Metaflow card with a training on it."""
 
-    About once a second at first, then each time another hundredth of the training is over, at least once a minute. The
-    thread spends at most half a percent of the time. Metaflow renders in a process of its own, which gets only what the
-    training leaves of the cores. A card that fails is said once and given up.
-
-    Args:
-        card: ``current.card["training"]``.
-        events: the log; how far the training got is noted in it.
-        progress: the step reached, and what else an event of progress tells.
-
-    Attributes:
-        history: returns the records to draw.
-    """
-
-    def __init__(self, card: Any, events: EventLog, progress: Callable[[], dict[str, Any]]) -> None:
-        self.history: Callable[[], Sequence[Mapping[str, Any]]] = list
+    def __init__(self, card: Any) -> None:
         self._card: Any = card
-        self._events, self._progress = events, progress
         self._thinned = _Thinned()
-        self._total_steps: int | None = None
         self._parts: tuple[Any, Any, Any, Any] | None = None
-        self._noted: tuple[float, Any] = time.monotonic(), None  # when, and which step
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._attempt = 0
 
-    def start(self, total_steps: int | None) -> None:
-        """Begin to draw; ``total_steps`` if known."""
-        self._total_steps = total_steps
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="training-card", daemon=True)
-            self._thread.start()
+    def show(
+        self, records: Sequence[Mapping[str, Any]], events: Sequence[Event], newer: Sequence[Event], now: float | None
+    ) -> None:
+        """Draw. ``records`` are new in the history, ``newer`` is newer than the log; ``now`` as for attempts()."""
+        self._thinned.add(records)
+        self._attempt = events[-1]["attempt"]
+        self._update(self._card, self._thinned.records(), [*events, *newer], now)
+        self._card.refresh()
+        self._renderers("yield")
 
-    def close(self, *, done: bool) -> None:
-        """Draw for the last time. When the task is ``done`` Metaflow renders the card once more by itself."""
-        if self._thread is None:
+    def close(self, done: bool) -> None:
+        if not done:
             return
-        self._stop.set()
-        self._thread.join(10)
-        self._draw()
-        if done:
-            self._renderers("kill")
-        if done and self._events.attempt:
+        self._renderers("kill")
+        if self._parts is None:
+            self._leave_out()
+        elif self._attempt:
             with contextlib.suppress(Exception):  # each attempt has a card with the same id; this one shows them all
                 name = self._card._card_creator_args["card_uuid"][:5]
                 print(f"[checkpoints] the card of the whole training: --hash {name}", flush=True)
 
-    def _run(self) -> None:
-        began = time.monotonic()
-        pause = 0.0
-        while not self._stop.wait(pause):
-            used = time.thread_time()
-            self._note()
-            self._draw()
-            pause = max(1.0, 200 * (time.thread_time() - used), min(60.0, (time.monotonic() - began) / 100))
-
-    def _note(self) -> None:
-        # so that the log shows where an attempt was that nobody could ask any more
-        progress, now = self._progress(), time.monotonic()
-        if now - self._noted[0] >= _NOTE_EVERY and progress["step"] != self._noted[1]:
-            self._noted = now, progress["step"]
-            with contextlib.suppress(OSError):
-                self._events.add("progress", **progress)
-
-    def _draw(self) -> None:
-        if self._card is None:
-            return
-        try:
-            events, now, progress = self._events.all(), time.time(), self._progress()
-            if progress["step"] is not None:  # newer than the log
-                moment = datetime.now(UTC).isoformat()
-                events.append({"event": "progress", "attempt": self._events.attempt, "time": moment, **progress})
-            self._update(self._card, self._thinned.records(self.history()), events, now)
-            self._card.refresh()
-            self._renderers("yield")
-        except Exception as error:
-            print(f"[checkpoints] the card is not drawn any more: {type(error).__name__}: {error}", flush=True)
-            self._card = None
-
-    def _update(self, card: Any, history: Sequence[Mapping[str, Any]], events: Sequence[Event], now: float) -> None:
+    def _update(
+        self, card: Any, history: Sequence[Mapping[str, Any]], events: Sequence[Event], now: float | None
+    ) -> None:
         trials = attempts(events, now)
+        total = next((event["total_steps"] for event in reversed(events) if event.get("total_steps")), None)
         heading = f"{_STYLE}\n\n## {training_headline(trials)}"
-        chart = training_chart(history, events, self._total_steps, now)
+        chart = training_chart(history, events, total, now)
         table = cost_table(Cost.of(trials))
-        reached, left = trials[-1].reached, time_left(trials, self._total_steps or 0)
+        reached, left = trials[-1].reached, time_left(trials, total or 0)
         if self._parts is None:
             from metaflow import cards
 
             kinds = cast("Any", cards)
-            bar = kinds.ProgressBar(max=self._total_steps, label="step", value=reached) if self._total_steps else None
+            bar = kinds.ProgressBar(max=total, label="step", value=reached) if total else None
             self._parts = kinds.Markdown(heading), bar, kinds.VegaChart(chart), kinds.Markdown(table)
             for part in filter(None, self._parts):
                 card.append(part)
@@ -640,6 +595,18 @@ class TrainingCard:
         words.update(table)
         if bar is not None:
             bar.update(reached, metadata=left)
+
+    def _leave_out(self) -> None:
+        # Metaflow renders every card when the task is done; this one stayed empty
+        with contextlib.suppress(Exception):
+            creator, mine = self._card._card_creator, self._card._card_creator_args["card_uuid"]
+            create = creator.create
+
+            def create_another(**options: Any) -> None:
+                if options["card_uuid"] != mine:
+                    create(**options)
+
+            creator.create = create_another
 
     @staticmethod
     def _renderers(action: str) -> None:
@@ -651,3 +618,158 @@ class TrainingCard:
                     running["proc"].kill()
                 elif running["proc"].poll() is None:
                     os.sched_setscheduler(running["proc"].pid, os.SCHED_IDLE, os.sched_param(0))
+
+
+class _File:
+    """In place of a card: what there is to draw, for another process. Each line has what is new since the last one."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path, self._told = path, 0
+
+    def show(
+        self, records: Sequence[Mapping[str, Any]], events: Sequence[Event], newer: Sequence[Event], now: float | None
+    ) -> None:
+        line = {"records": records, "events": events[self._told :], "newer": newer}
+        self._told = len(events)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def close(self, done: bool) -> None:
+        pass
+
+
+class _Drawer:
+    """Draws on a thread of its own. What fails is said once and given up."""
+
+    def __init__(self, target: _Page | _File) -> None:
+        self._target: _Page | _File | None = target
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to draw."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="training-card", daemon=True)
+            self._thread.start()
+
+    def close(self, *, done: bool) -> None:
+        """Draw for the last time. When the task is ``done`` Metaflow renders the card once more by itself."""
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join(10)
+        self._draw()
+        if self._target is not None:
+            self._target.close(done)
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        pause = 0.0
+        while not self._stop.wait(pause):
+            used = time.thread_time()
+            self._note()
+            self._draw()
+            pause = max(1.0, 200 * (time.thread_time() - used), min(60.0, (time.monotonic() - began) / 100))
+
+    def _note(self) -> None:
+        pass
+
+    def _draw(self) -> None:
+        if self._target is None:
+            return
+        try:
+            records, events, newer = self._look()
+            if events:
+                self._target.show(records, events, newer, None if self._stop.is_set() else time.time())
+        except Exception as error:
+            print(f"[checkpoints] the card is not drawn any more: {type(error).__name__}: {error}", flush=True)
+            self._target = None
+
+    def _look(self) -> tuple[Sequence[Mapping[str, Any]], Sequence[Event], Sequence[Event]]:
+        """What is new in the history, all that is in the log, and what is newer than it."""
+        raise NotImplementedError
+
+
+class TrainingCard(_Drawer):
+    """Draws a training on a Metaflow card while it runs, on a thread of its own.
+
+    About once a second at first, then each time another hundredth of the training is over, at least once a minute. The
+    thread spends at most half a percent of the time. Metaflow renders in a process of its own, which gets only what the
+    training leaves of the cores. A card that fails is said once and given up.
+
+    Args:
+        card: ``current.card["training"]``; or the path of a file, to which is written what :func:`follow` draws.
+        events: the log; how far the training got is noted in it.
+        progress: the step reached, and what else an event of progress tells.
+
+    Attributes:
+        history: returns the records to draw.
+    """
+
+    def __init__(self, card: Any, events: EventLog, progress: Callable[[], dict[str, Any]]) -> None:
+        super().__init__(_File(cast("Path", card)) if isinstance(card, (str, os.PathLike)) else _Page(card))
+        self.history: Callable[[], Sequence[Mapping[str, Any]]] = list
+        self._seen = 0
+        self._events, self._progress = events, progress
+        self._noted: tuple[float, Any] = time.monotonic(), None  # when, and which step
+
+    def _note(self) -> None:
+        # so that the log shows where an attempt was that nobody could ask any more
+        progress, now = self._progress(), time.monotonic()
+        if now - self._noted[0] >= _NOTE_EVERY and progress["step"] != self._noted[1]:
+            self._noted = now, progress["step"]
+            with contextlib.suppress(OSError):
+                self._events.add("progress", **progress)
+
+    def _look(self) -> tuple[Sequence[Mapping[str, Any]], Sequence[Event], Sequence[Event]]:
+        events, progress, newer = self._events.all(), self._progress(), list[Event]()
+        if progress["step"] is not None:
+            moment = datetime.now(UTC).isoformat()
+            newer.append({"event": "progress", "attempt": self._events.attempt, "time": moment, **progress})
+        records = self.history()[self._seen :]
+        self._seen += len(records)
+        return records, events, newer
+
+
+@contextlib.contextmanager
+def follow(card: Any, path: str | os.PathLike[str]) -> Generator[None]:
+    """While the block runs, draw the training of another process: the one with ``CheckpointManager(card=path)``.
+
+    For a training that the task only starts and waits for. A file that never appears leaves no card.
+
+    Args:
+        card: ``current.card["training"]`` of the task.
+        path: a file that both can reach; it does not exist yet.
+    """
+    drawer = _Follower(card, path)
+    drawer.start()
+    try:
+        yield
+    except BaseException:
+        drawer.close(done=False)
+        raise
+    drawer.close(done=True)
+
+
+class _Follower(_Drawer):
+    """Draws what :class:`_File` has written."""
+
+    def __init__(self, card: Any, path: str | os.PathLike[str]) -> None:
+        super().__init__(_Page(card))
+        self._path, self._place = path, 0
+        self._events: list[Event] = []
+        self._newer: list[Event] = []
+
+    def _look(self) -> tuple[Sequence[Mapping[str, Any]], Sequence[Event], Sequence[Event]]:
+        text = b""
+        with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
+            file.seek(self._place)
+            text = file.read()
+        text = text[: text.rfind(b"\n") + 1]  # the last line may be in the making, or cut short by a kill
+        self._place += len(text)
+        records: list[Mapping[str, Any]] = []
+        for line in map(json.loads, text.splitlines()):
+            records += line["records"]
+            self._events += line["events"]
+            self._newer = line["newer"]
+        return records, self._events, self._newer

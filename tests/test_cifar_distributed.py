@@ -180,14 +180,25 @@ def processes(*words: str) -> dict[int, str]:
     return found
 
 
+LATE = """
+import os, sys, time
+words = " ".join(sys.orig_argv)
+if "torch.distributed.run" in words and "--node_rank 1" in words and os.environ["METAFLOW_CHECKPOINT_UID"][-2:] == "/0":
+    print("node 1 is late", file=sys.stderr, flush=True)
+    time.sleep(600)
+"""  # what Python imports at its start: in attempt 0 the second node's torchrun starts too late
+
+
 class WatchedRun:
     """``flow.py run`` with something done to it when a line appears."""
 
-    def __init__(self, *arguments: str, faults: str, when: dict[str, object]) -> None:
+    def __init__(self, *arguments: str, faults: str, startup: str, when: dict[str, object]) -> None:
         self.cwd = Path(tempfile.mkdtemp(dir=os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"]))
+        (self.cwd / "startup").mkdir()
+        (self.cwd / "startup" / "sitecustomize.py").write_text(startup)
         command = [sys.executable, str(EXAMPLE.path / "flow.py"), "run", "--run-id-file", "run_id", *arguments]
         flow = subprocess.Popen(
-            command, cwd=self.cwd, env={**os.environ, "FAULTS": faults},
+            command, cwd=self.cwd, env={**os.environ, "FAULTS": faults, "PYTHONPATH": str(self.cwd / "startup")},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
         )  # fmt: skip
         watchdog = threading.Timer(800, flow.kill)
@@ -212,10 +223,12 @@ class WatchedRun:
         os.kill(pid, signal.SIGKILL)
 
     def no_orphans(self) -> None:
-        """When a retry starts, no process of an earlier attempt is left."""
+        """When a retry starts, no process of an earlier attempt is left, but for Metaflow's that still draws a card."""
         deadline, attempt = time.monotonic() + 5, len(self.attempts) - 1
         while orphans := [
-            pid for pid in processes(self.run_id, "METAFLOW_CHECKPOINT_UID") if attempt_of(pid) != attempt
+            pid
+            for pid, line in processes(self.run_id, "METAFLOW_CHECKPOINT_UID").items()
+            if attempt_of(pid) != attempt and " card create " not in line
         ]:
             assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_text() for pid in orphans]
             time.sleep(0.2)
@@ -227,31 +240,43 @@ def attempt_of(pid: int) -> int | None:
 
 
 def test_a_gang_fails_in_every_way_and_ends_the_same(gangs):
-    """Attempt 0 finds its port taken, in 1 a rank hangs, in 2 a whole node is killed; each says so and is retried."""
+    """In attempt 0 a node starts late, 1 finds its port taken, in 2 a rank hangs, in 3 a whole node is killed.
+
+    Each says so and is retried, and the card of the last one has it all.
+    """
     config = {"epochs": 4, "batch_size": 240, "backgrounds": 4, "width": 4, "dropout": 0.2}
     arguments = [word for name, value in config.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        port = taken.getsockname()[1]
+        port = taken.getsockname()[1] - 1  # a retry takes the next one
         run = WatchedRun(
-            *arguments, "--timeout", "20", "--master-port", str(port), "--save-every", "5",
-            faults="hang@step=30,attempt=1,rank=1",
-            when={(2, "resumed at step"): WatchedRun.no_orphans, (2, "epoch  2/4"): lambda run: run.kill_node(1),
-                  (3, "resumed at step"): WatchedRun.no_orphans},
+            *arguments, "--timeout", "15", "--master-port", str(port), "--save-every", "5",
+            faults="hang@step=30,attempt=2,rank=1", startup=LATE,
+            when={(1, "the port where the ranks meet is taken"): WatchedRun.no_orphans,
+                  (3, "resumed at step"): WatchedRun.no_orphans, (3, "epoch  2/4"): lambda run: run.kill_node(1),
+                  (4, "resumed at step"): WatchedRun.no_orphans},
         )  # fmt: skip
-    assert len(run.attempts) == 4, run.output[-4000:]
-    assert "node 0 of 2, attempt 0: the port where the ranks meet is taken" in run.attempts[0]
-    assert "a rank made no step within --timeout; the traceback above shows where it hung" in run.attempts[1]
-    assert "node 0 of 2, attempt 2: a rank lost the others" in run.attempts[2]
-    task = re.search(r"\[gang\] each of 2 ranks continues (\S+) attempt ([0-9]) (\S+): step ([0-9]+),", run.attempts[3])
-    assert task[1].startswith(f"CifarDistributedFlow/{run.run_id}/train/") and task[2] in "12"
+    assert len(run.attempts) == 5, run.output[-4000:]
+    assert "node 1 is late" in run.attempts[0], "it was not late at all"
+    assert "node 0 of 2, attempt 0: not all nodes started in time; --timeout says how long to wait" in run.attempts[0]
+    assert "node 0 of 2, attempt 1: the port where the ranks meet is taken" in run.attempts[1]
+    assert "a rank made no step within --timeout; the traceback above shows where it hung" in run.attempts[2]
+    assert "node 0 of 2, attempt 3: a rank lost the others" in run.attempts[3]
+    task = re.search(r"\[gang\] each of 2 ranks continues (\S+) attempt ([0-9]) (\S+): step ([0-9]+),", run.attempts[4])
+    assert task[1].startswith(f"CifarDistributedFlow/{run.run_id}/train/") and task[2] in "23"
 
-    data = FlowRun(0, run.output, EXAMPLE.flow_name, run.run_id, run.cwd).data
+    flow = FlowRun(0, run.output, EXAMPLE.flow_name, run.run_id, run.cwd)
     straight = gangs.straight(2, **config)["result"]  # the same training without Metaflow
-    assert data.weights_digest == straight["weights_digest"] and data.history == straight["history"]
-    assert len(data.resumed_from) == 2 and data.resumed_from[-1] == int(task[4])
+    assert flow.data.weights_digest == straight["weights_digest"] and flow.data.history == straight["history"]
+    assert len(flow.data.resumed_from) == 2 and flow.data.resumed_from[-1] == int(task[4])
     assert not processes(run.run_id)
+
+    shown = re.search(r"the card of the whole training: --hash (\w+)", run.attempts[4])
+    card = flow.card_data("train", f"blank-training-{shown[1]}*")
+    for words in ("interrupted twice", "attempt 2: killed", "attempt 3: resumed at", "rank lost at", "val_loss"):
+        assert words in card, words
+    assert not [card for card in flow.cards("train", "blank-training-*") if "_node_1" in str(card)], "an empty one"
 
 
 def test_four_nodes_learn():

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -119,13 +120,14 @@ def test_a_long_history_is_thinned():
 
 
 def test_a_growing_history_is_read_once_and_rare_records_stay():
-    thinned, history = report._Thinned(), []
+    thinned, history, seen = report._Thinned(), [], 0
     for n in range(1, 20_001):
         history.append({"step": n, "loss": 1.0 / n})
         if n % 5000 == 0:
             history.append({"step": n, "epoch": n // 5000, "val_loss": 1.0})
         if n % 777 == 0 or n == 20_000:
-            found = thinned.records(history)
+            thinned.add(history[seen:])
+            found, seen = thinned.records(), len(history)
             assert found[-1]["step"] == n and found[0]["step"] == 1
     assert [record["step"] for record in found if "epoch" in record][:4] == [5000, 10_000, 15_000, 20_000]
     steps = [record["step"] for record in found if "loss" in record]
@@ -151,7 +153,7 @@ class FakeCard:
         self.refreshed += 1
 
 
-def attempt(directory: Path, faults: str) -> int:
+def attempt(directory: Path, faults: str, card: Any = None) -> int:
     """One attempt of the toy training in a child process; its exit status."""
     pid = os.fork()
     if pid == 0:
@@ -159,16 +161,18 @@ def attempt(directory: Path, faults: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         submit = Writer.submit
         Writer.submit = lambda writer, job: (submit(writer, job), writer.drain())  # stored before the kill
-        toy.run(directory, save_every=3, card=FakeCard())
+        toy.run(directory, save_every=3, card=card or FakeCard())
         os._exit(0)
     return os.waitpid(pid, 0)[1]
 
 
-def test_the_card_of_a_killed_training_has_every_mark(tmp_path: Path):
+@pytest.mark.parametrize("followed", [False, True], ids=["own process", "another process"])
+def test_the_card_of_a_killed_training_has_every_mark(tmp_path: Path, followed: bool):
     straight = toy.run(tmp_path / "straight")
     assert attempt(tmp_path / "killed", "kill@step=5") and attempt(tmp_path / "killed", "kill@step=5;kill@step=8")
-    card = FakeCard()
-    assert toy.run(tmp_path / "killed", save_every=3, card=card) == straight
+    card, told = FakeCard(), tmp_path / "told"
+    with report.follow(card, told):
+        assert toy.run(tmp_path / "killed", save_every=3, card=told if followed else card) == straight
     assert card.refreshed
     title, bar, picture, words = [part.render() for part in card.parts]
     assert "interrupted twice" in title["source"]
@@ -216,6 +220,54 @@ def test_how_far_a_killed_attempt_got_is_noted_while_it_trains(tmp_path: Path, m
         assert all("blocked" in e for e in checkpoints._events.all() if e["event"] == "progress" and e["step"] > 1)
 
 
+def test_a_training_in_another_process_is_drawn_while_it_goes_on(tmp_path: Path):
+    card, told = FakeCard(), tmp_path / "told"
+    with report.follow(card, told), CheckpointManager(tmp_path / "here", card=told) as checkpoints:
+        state = toy.new_state()
+        checkpoints.restore(state, toy.CONFIG, total_steps=12)
+        for reached in (2, 4):
+            while state.step < reached:
+                checkpoints.step(state, {"loss": 1.0 / (state.step + 1)})
+            deadline = time.monotonic() + 20
+            while not card.parts or card.parts[1].render()["value"] < reached:
+                assert time.monotonic() < deadline, "the card does not show what the training has done"
+                time.sleep(0.1)
+            title, bar, picture, _ = [part.render() for part in card.parts]
+            assert "Training for" in title["source"] and bar["max"] == 12
+            assert [row["step"] for row in rows_of(picture["spec"])] == [str(n) for n in range(1, reached + 1)]
+
+
+def test_the_death_of_another_process_is_drawn(tmp_path: Path):
+    card, told = FakeCard(), tmp_path / "told"
+    with pytest.raises(ChildProcessError), report.follow(card, told):
+        assert attempt(tmp_path / "here", "kill@step=5", card=told)
+        raise ChildProcessError("it was killed")
+    assert "Attempt 0 ended at step" in card.parts[0].render()["source"]
+    assert "killed" in card.parts[0].render()["source"]
+
+
+def test_a_line_in_the_making_waits_and_no_line_is_no_card(tmp_path: Path):
+    card, told = FakeCard(), tmp_path / "told"
+    follower = report._Follower(card, told)
+    follower._draw()
+    line = json.dumps({"records": [{"step": 4, "loss": 0.5}], "events": KILLED_TWICE[:2], "newer": []}) + "\n"
+    for part in (line[:40], line[40:-1]):
+        with open(told, "a") as file:
+            file.write(part)
+        follower._draw()
+        assert not card.parts
+    with open(told, "a") as file:
+        file.write(line[-1] + line[:40])
+    follower._draw()
+    title, picture, words = [part.render() for part in card.parts]  # no bar: how many steps it takes is not known
+    assert [row["value"] for row in rows_of(picture["spec"])] == ["0.5"]
+
+
+def test_a_file_that_cannot_be_written_does_not_stop_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert toy.run(tmp_path / "broken", card=tmp_path / "missing" / "told") == toy.run(tmp_path / "straight")
+    assert capsys.readouterr().out.count("the card is not drawn any more: FileNotFoundError") == 1
+
+
 @pytest.mark.parametrize("method", ["append", "refresh"])
 def test_a_card_that_raises_does_not_stop_a_training(tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]):
     def broken(*arguments: Any) -> None:
@@ -228,8 +280,6 @@ def test_a_card_that_raises_does_not_stop_a_training(tmp_path: Path, method: str
 
 
 def test_what_blocks_the_training_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import time
-
     real = CheckpointManager._save_state
     monkeypatch.setattr(CheckpointManager, "_save_state", lambda *a, **k: (time.sleep(0.05), real(*a, **k)))
     with CheckpointManager(tmp_path, save_every=1) as checkpoints:

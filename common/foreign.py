@@ -24,6 +24,7 @@ _STATE = "trainer_state.json"
 _POLL = 0.05  # seconds between two looks at the log
 _GRACE = 2.0  # seconds to end after SIGTERM: torchrun ends its workers then
 _LINES = 30  # of the program's output, shown when it fails
+_LOGGED = {"loss": "loss", "learning_rate": "lr", "eval_loss": "eval_loss"}  # metrics, and what the log calls them
 _MARK = "FOREIGN_TRAINER_DIRECTORY"  # in the environment of the program and of all that it starts
 
 # what TrainingArguments may say, and why nothing else
@@ -121,7 +122,8 @@ class ForeignTrainer:
             state = read_state(resumed)
             if state is None:
                 raise CheckpointError(f"{resumed} has no valid {_STATE}: give what restore_files() returned")
-            self._history, self._epoch = history(state), int(state["epoch"])
+            self._history = [_logged(record) for record in history(state)]  # for the card, which sees no others later
+            self._epoch = int(state["epoch"])
             self._step, self._total = state["global_step"], state["max_steps"]
         checkpoints.draw(lambda: self._history)
 
@@ -194,8 +196,7 @@ class ForeignTrainer:
 
     def _note(self, record: dict[str, Any]) -> None:
         step, self._total = int(record["current_steps"]), int(record["total_steps"])
-        values = {"loss": "loss", "lr": "learning_rate", "eval_loss": "eval_loss"}
-        metrics = {name: record[key] for key, name in values.items() if key in record}
+        metrics = {name: record[key] for name, key in _LOGGED.items() if key in record}
         self._history.append({"step": step, **_epoch(record["epoch"]), **metrics})
         if 10 * step // self._total > 10 * (step - 1) // self._total or "eval_loss" in metrics:
             numbers = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
@@ -248,6 +249,10 @@ def history(state: Mapping[str, Any]) -> list[dict[str, Any]]:
         for record in state["log_history"]
         if "train_loss" not in record  # the summary, which counts one process only
     ]
+
+
+def _logged(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name in ("step", "epoch", *_LOGGED)}
 
 
 def _metrics_of(state: Mapping[str, Any], step: int) -> dict[str, Any]:

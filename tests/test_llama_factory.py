@@ -38,7 +38,7 @@ Path("pid").write_text(str(os.getpid()))
 for step in range(state["global_step"] + 1, steps + 1):
     if f"stop before {step}" == what:
         sys.exit(0)
-    record = {"loss": 10 / step, "learning_rate": 0.1, "epoch": step / 4, "step": step}
+    record = {"loss": 10 / step, "grad_norm": 3.0, "learning_rate": 0.1, "epoch": step / 4, "step": step}
     state["log_history"].append(record)
     line = {"current_steps": step, "total_steps": steps, "loss": 10 / step, "lr": 0.1, "epoch": step / 4}
     with open(output / "trainer_log.jsonl", "a") as log:
@@ -95,10 +95,10 @@ def test_every_finished_checkpoint_is_stored_and_no_pickle(tmp_path):
         assert files["adapter.txt"] == f"weights of step {step}"
         assert "training_args.bin" not in files and "runtime" not in files["trainer_state.json"]
     assert Manifest.read(tmp_path / "checkpoints/step-00000004").metrics == {
-        "loss": 2.5, "learning_rate": 0.1, "eval_loss": 1.0,
+        "loss": 2.5, "grad_norm": 3.0, "learning_rate": 0.1, "eval_loss": 1.0,
     }  # fmt: skip
     records = history(read_state(tmp_path / "checkpoints/step-00000004"))
-    assert records[0] == {"step": 1, "loss": 10.0, "learning_rate": 0.1}
+    assert records[0] == {"step": 1, "loss": 10.0, "grad_norm": 3.0, "learning_rate": 0.1}
     assert records[-1] == {"step": 4, "epoch": 1, "eval_loss": 1.0}
 
 
@@ -117,8 +117,10 @@ def test_a_half_written_checkpoint_is_never_stored(tmp_path, capsys):
     assert list(stored(tmp_path)) == [2]
     left = [path for path in (tmp_path / "checkpoints/.staging").rglob("checkpoint-4")]
     assert left and read_state(left[0]) is None, "the stand-in left nothing half-written: this test shows nothing"
-    assert watch(tmp_path).done
-    assert "resumed at step 2" in capsys.readouterr().out and list(stored(tmp_path)) == [2, 4, 6, 8]
+    trainer = watch(tmp_path)
+    assert trainer.done and list(stored(tmp_path)) == [2, 4, 6, 8]
+    assert "resumed at step 2" in capsys.readouterr().out
+    assert not [record for record in trainer._history if "grad_norm" in record], "a curve that ends at the restart"
 
 
 def test_of_several_processes_all_must_have_written(tmp_path):

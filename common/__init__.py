@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         WriteFailed,
     )
     from .process import die_with_parent
-    from .publish import Publisher
+    from .publisher import Publisher
     from .sampler import ResumableSampler
     from .state import TrainState, seed_everything, weights_digest
 
@@ -39,7 +39,7 @@ _HOME = {
     "InvalidCheckpoint": "errors",
     "StopRequested": "errors",
     "WriteFailed": "errors",
-    "Publisher": "publish",
+    "Publisher": "publisher",
     "ResumableSampler": "sampler",
     "TrainState": "state",
     "die_with_parent": "process",

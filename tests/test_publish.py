@@ -20,7 +20,8 @@ from common import hub as hub_module
 from common.__main__ import main
 from common.hub import HubError
 from common.loopback_hub import LoopbackHub
-from common.publish import About, push
+from common.model_card import About
+from common.publish import push
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the environment has no Hub client")
 safetensors = pytest.importorskip("safetensors.numpy", reason="the environment has no safetensors")
@@ -201,7 +202,7 @@ def test_only_what_is_on_the_list_travels(hub, tmp_path):
 
 def test_without_the_cleaning_a_path_would_travel(hub, tmp_path, monkeypatch):
     """Negative control of the test above."""
-    monkeypatch.setattr(publish, "_is_path", lambda value: False)
+    monkeypatch.setattr(publish, "is_path", lambda value: False)
     push(save_pretrained(tmp_path / "made", base_model_name_or_path=str(tmp_path / "snapshot")), "user/lora")
     published = files(hub, "user/lora")
     assert str(tmp_path) in published["adapter_config.json"].decode()

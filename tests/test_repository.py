@@ -12,8 +12,8 @@ ADAPTERS = {"keras", "lightning", "transformers", "xgboost", "diffusers", "distr
 # the street: a module may import those before it
 ROOMS = [
     {"errors"},
-    {"encoding", "events", "loopback_hub", "manifest", "policy", "process", "scratch", "stop", "writer"},
-    {"data", "faults", "report", "sampler", "snapshot", "state", "tensors", "tiny_models"},
+    {"encoding", "events", "loopback_hub", "manifest", "policy", "process", "redact", "scratch", "stop", "writer"},
+    {"data", "faults", "model_card", "report", "sampler", "snapshot", "state", "tensors", "tiny_models"},
     {"hub", "s3", "store"},
     {"metaflow_store"},
     {"torchrun"},
@@ -21,6 +21,7 @@ ROOMS = [
     ADAPTERS,
     {"commands"},
     {"publish"},
+    {"publisher"},
     {"__init__", "__main__"},
 ]
 

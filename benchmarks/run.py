@@ -37,9 +37,11 @@ def run(quick, only):
     """The rows of all benchmarks, in the order in which they ran."""
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as name:
         folder = Path(name)
-        environment = {**os.environ, "METAFLOW_DATASTORE_SYSROOT_LOCAL": name, "METAFLOW_HOME": str(folder / "home"),
-                       "METAFLOW_USER": "benchmark", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                       "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2", "BENCHMARK_DIRECTORY": name}  # fmt: skip
+        environment = {
+            **os.environ, "METAFLOW_DATASTORE_SYSROOT_LOCAL": name, "METAFLOW_HOME": str(folder / "home"),
+            "METAFLOW_USER": "benchmark", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+            "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2", "BENCHMARK_DIRECTORY": name,
+        }  # fmt: skip
         for variable in ("METAFLOW_DEFAULT_DATASTORE", "METAFLOW_DEFAULT_METADATA", "FAULTS"):
             environment.pop(variable, None)
         file = folder / "rows.json"

@@ -1,0 +1,76 @@
+"""The python that has imported already behaves as one that has just been started."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import preforked
+import pytest
+
+SCRIPT = """
+import atexit, os, random, signal, sys, time
+from pathlib import Path
+print(Path(sys.argv[0]).name, sys.argv[1:], sys.path[0], os.getcwd(), os.environ["GIVEN"], "decimal" in sys.modules)
+print(random.random())
+if sys.argv[1] == "exit":
+    atexit.register(print, "at exit")
+    sys.exit(3)
+if sys.argv[1] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "raise":
+    raise RuntimeError("of the script")
+if sys.argv[1] == "wait":
+    print(os.getpid())
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("example")
+    (directory / "train.py").write_text("import decimal\nimport this_does_not_exist\n")
+    (directory / "script.py").write_text(SCRIPT)
+    yield preforked.python_of(directory), directory
+    preforked.close()
+
+
+def start(python, *arguments, **env):
+    line = [python[0], "-u", str(python[1] / "script.py"), *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(line, text=True, cwd=python[1].parent, env={**os.environ, "GIVEN": "x", **env}, **streams)
+
+
+def test_how_it_ends(python):
+    ends = {}
+    for word in ("exit", "kill", "raise"):
+        process = start(python, word, "--option")
+        output = process.communicate(timeout=60)[0]
+        assert output.splitlines()[0] == f"script.py ['{word}', '--option'] {python[1]} {python[1].parent} x True"
+        ends[word] = process.returncode, output
+    assert ends["exit"][0] == 3 and ends["exit"][1].endswith("at exit\n")
+    assert ends["kill"][0] == -signal.SIGKILL
+    assert ends["raise"][0] == 1 and "RuntimeError: of the script" in ends["raise"][1]
+    drawn = {output.splitlines()[1] for _, output in ends.values()}
+    assert len(drawn) == 3, "what is not seeded must differ from process to process"
+
+
+def test_it_dies_with_its_stand_in(python):
+    process = start(python, "wait")
+    pid = int([process.stdout.readline() for _ in range(3)][-1])
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("the script goes on without the process that started it")
+
+
+def test_what_it_cannot_do_is_done_by_the_real_one(python):
+    done = subprocess.run([python[0], "-c", "import sys; print(sys.executable)"], capture_output=True, text=True)
+    assert done.stdout.strip() == sys.executable
+    other = start(python, "exit", HF_HOME="/somewhere/else").communicate()[0]
+    assert other.splitlines()[0].endswith(" x False"), "an import could have read the other value"

@@ -84,12 +84,13 @@ def close() -> None:
 
 def _imports(directory: Path) -> list[str]:
     own = {path.stem for path in directory.glob("*.py")} | {"metaflow", "__future__"}
+    own.add("common.torchrun")  # imports Metaflow
     found: dict[str, None] = {}
     for path in sorted(directory.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if names and not {name.partition(".")[0] for name in names} & own:
+            if names and not {*names, *(name.partition(".")[0] for name in names)} & own:
                 found[ast.unparse(node)] = None
     return list(found)
 

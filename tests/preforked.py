@@ -69,7 +69,12 @@ _python: dict[str, Preforked] = {}  # of the example whose tests are running
 
 
 def python_of(directory: Path) -> str:
-    """A ``python`` that has imported what the files of an example import, but not Metaflow."""
+    """A ``python`` that has imported what the files of an example import, but not Metaflow.
+
+    A gang gets the real one: its nodes are processes of the control task and die with it, not with a stand-in.
+    """
+    if any("num_parallel" in flow.read_text() for flow in directory.glob("flow.py")):
+        return sys.executable
     if str(directory) not in _python:
         close()
         _python[str(directory)] = Preforked("python", "preforked:script", _imports(directory))
@@ -84,13 +89,12 @@ def close() -> None:
 
 def _imports(directory: Path) -> list[str]:
     own = {path.stem for path in directory.glob("*.py")} | {"metaflow", "__future__"}
-    own.add("common.torchrun")  # imports Metaflow
     found: dict[str, None] = {}
     for path in sorted(directory.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if names and not {*names, *(name.partition(".")[0] for name in names)} & own:
+            if names and not {name.partition(".")[0] for name in names} & own:
                 found[ast.unparse(node)] = None
     return list(found)
 

@@ -114,7 +114,7 @@ def run_flow(
     flow_name: str | None = None,
     env: dict[str, str] | None = None,
     check: bool = True,
-    timeout: float = 240,
+    timeout: float = 900,
     python: str | None = None,
 ) -> FlowRun:
     """``python flow.py TOP run ARGUMENTS`` in an empty directory, as a user would run it.

@@ -85,7 +85,7 @@ def test_train_runs_without_metaflow(example: Example, tmp_path: Path) -> None:
     for expected in ("starts at step 0", "all steps are done, --fresh starts anew"):
         done = subprocess.run(
             [sys.executable, str(example.path / script)],
-            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400,
+            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert expected in done.stdout, done.stdout[-3000:]
@@ -130,7 +130,7 @@ def test_package_contains_common(example: Example) -> None:
     """A remote task finds common/: Metaflow packages it with the flow."""
     done = subprocess.run(
         [sys.executable, str(example.path / "flow.py"), "package", "list"],
-        cwd=os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"], capture_output=True, text=True, timeout=200,
+        cwd=os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"], capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     listing = done.stdout + done.stderr
     assert done.returncode == 0, listing[-3000:]

@@ -185,7 +185,7 @@ with CheckpointManager(sys.argv[3]) as checkpoints:
 def test_killed_in_mid_shard_no_finished_one_is_tokenized_again(instructions, world, tmp_path, monkeypatch):
     config, base, rows = world
     line = [sys.executable, "-c", KILLED, str(EXAMPLE.path), str(base), str(tmp_path / "kept"), config.revision]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=900)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
     original, filled = instructions.fill, []
@@ -346,7 +346,7 @@ def test_a_pushed_run_loads_and_generates(lora, killed_run, tmp_path):
     assert "[publish] the model of LoraHuggingFaceFlow/" in killed_run.output, killed_run.output[-3000:]
     line = [sys.executable, "-m", "common", "push", f"LoraHuggingFaceFlow/{killed_run.run_id}@lora_adapter",
             "local/answers", "--json"]  # fmt: skip
-    done = subprocess.run(line, cwd=REPO, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=REPO, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     api = common.hub.api("local/answers")
     assert api.repo_info("local/answers").private

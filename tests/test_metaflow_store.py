@@ -126,7 +126,7 @@ def test_ctrl_c_saves_and_resume_continues():
         output += line
         if line.endswith("] step 4\n"):
             os.killpg(flow.pid, signal.SIGINT)
-    flow.wait(timeout=60)
+    flow.wait(timeout=900)
     stopped = re.search(r"stopped at step ([0-9]+): SIGINT was received", output)
     assert stopped and int(stopped[1]) >= 5, output[-3000:]
     resumed = toy_flow("--origin-run-id", (cwd / "interrupted").read_text().strip(), command="resume")
@@ -149,7 +149,7 @@ def test_keep_running_goes_on_beyond_the_retries(straight):
         "run",
     ]
     done = subprocess.run(
-        command, cwd=cwd, env={**os.environ, "FAULTS": faults}, capture_output=True, text=True, timeout=300
+        command, cwd=cwd, env={**os.environ, "FAULTS": faults}, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "[keep-running] done after 2 runs" in done.stdout and "newest checkpoint of step 8" in done.stdout
@@ -164,7 +164,7 @@ def test_keep_running_gives_up_when_nothing_gets_further():
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode != 0 and "three runs in a row" in done.stdout
     wrong = subprocess.run([sys.executable, "-m", "common", "keep-running", "ls"], capture_output=True, text=True)
@@ -194,7 +194,7 @@ def test_everything_on_s3(straight, tmp_path):
     try:
         client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
                               aws_access_key_id="x", aws_secret_access_key="x")  # fmt: skip
-        for _ in range(100):
+        for _ in range(900):
             try:
                 client.create_bucket(Bucket="bucket")
                 break

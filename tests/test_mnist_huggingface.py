@@ -306,7 +306,7 @@ def test_push_to(digits, tmp_path):
     assert f"## Metrics at step {best['step']}\n" in card and f"| {best['eval_accuracy']:.6g} |" in card
     env = {**os.environ, **home}
     line = [sys.executable, "-m", "common", "push", f"MnistHuggingFaceFlow/{run.run_id}", "local/digits"]
-    done = subprocess.run(line, cwd=REPO, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(line, cwd=REPO, env=env, capture_output=True, text=True, timeout=900)
     assert "it was there already" in done.stdout, done.stderr
     with LoopbackHub(tmp_path / "loopback_hub") as hub:
         assert len(huggingface_hub.HfApi(endpoint=hub.url).list_repo_commits("local/digits")) == commits
@@ -504,7 +504,7 @@ with CheckpointManager(sys.argv[2], save_every=2) as checkpoints:
 def test_a_half_written_checkpoint_is_never_chosen(digits, hf, tmp_path):
     """SIGKILL while the Trainer writes checkpoint-4: weights and optimizer are there, random state and position not."""
     command = [sys.executable, "-c", KILLED_IN_MID_WRITE, str(EXAMPLE), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     (half,) = tmp_path.rglob("checkpoint-4")
     assert (half / "optimizer.pt").exists() and not (half / "trainer_state.json").exists()

@@ -42,7 +42,7 @@ export = load_module("export")
 def script(name: str, *arguments: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess:
     done = subprocess.run(
         [sys.executable, str(EXAMPLE.path / name), *arguments],
-        cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=120,
+        cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done

@@ -47,7 +47,7 @@ def test_how_it_ends(python):
     ends = {}
     for word in ("exit", "kill", "raise"):
         process = start(python, word, "--option")
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=900)[0]
         assert output.splitlines()[0] == f"script.py ['{word}', '--option'] {python[1]} {python[1].parent} x True"
         ends[word] = process.returncode, output
     assert ends["exit"][0] == 3 and ends["exit"][1].endswith("at exit\n")

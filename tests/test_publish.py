@@ -377,7 +377,7 @@ def test_a_hub_that_fails_is_not_the_trainings_business(hub, task, tmp_path, cap
     line = text.partition("Push it later: ")[2].splitlines()[0]
     hub._faults.clear()
     done = subprocess.run(
-        [sys.executable, *shlex.split(line)[1:]], cwd=REPO, env=os.environ, capture_output=True, text=True, timeout=60
+        [sys.executable, *shlex.split(line)[1:]], cwd=REPO, env=os.environ, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0 and f"step 12 of {name} is in {hub.url}/user/toy (private)" in done.stdout, done.stderr
     assert len(commits(hub)) == 2
@@ -579,7 +579,7 @@ def test_an_adapter_of_a_killed_and_resumed_run(tmp_path, monkeypatch, capsys):
             assert json.loads(capsys.readouterr().out)["files"] == [], same
         environment = {**os.environ, **hub.environment, **home}
         done = subprocess.run(
-            [sys.executable, "-c", USE], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", USE], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stderr[-3000:]
         b, answer, shape = json.loads(done.stdout.splitlines()[-1])

@@ -302,7 +302,7 @@ def real_card() -> Path:
     root = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"])
     line = [sys.executable, str(REPO / "tests" / "card_flow.py"), "run"]
     env = {**os.environ, "FAULTS": "kill@step=9;kill@step=25"}
-    done = subprocess.run(line, cwd=tempfile.mkdtemp(dir=root), env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(line, cwd=tempfile.mkdtemp(dir=root), env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     shown = re.search(r"the card of the whole training: --hash (\w+)", done.stdout)
     assert shown, done.stdout
@@ -325,7 +325,7 @@ def test_a_browser_draws_it(real_card: Path, tmp_path: Path, scheme: str):
     line = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
             "--no-first-run", f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000", "--window-size=700,950",
             "--dump-dom", *(["--force-dark-mode"] if scheme == "dark" else []), real_card.as_uri()]  # fmt: skip
-    page = subprocess.run(line, capture_output=True, text=True, timeout=60).stdout
+    page = subprocess.run(line, capture_output=True, text=True, timeout=900).stdout
     body = page[page.index("</aside>") :].partition("<script>")[0]
     assert re.search(r'<(canvas|svg)[^>]*class="marks"', body), body[:2000]
     assert body.count("<td") == 20 and "<progress" in body and "error" not in body.lower()

@@ -261,7 +261,7 @@ def test_killed_between_the_files_and_the_manifest(enter, client):
     import metaflow
 
     enter().close()
-    done = subprocess.run([sys.executable, "-c", KILLED.format(tests=str(REPO / "tests"))], timeout=60)
+    done = subprocess.run([sys.executable, "-c", KILLED.format(tests=str(REPO / "tests"))], timeout=900)
     assert done.returncode == -signal.SIGKILL
     torn = {Path(key).name for key in objects(client) if ".step-00000002." in key}
     assert torn == {"state.json", "state.safetensors"}

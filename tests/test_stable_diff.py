@@ -330,7 +330,7 @@ def test_a_browser_plays_the_card(killed_run, tmp_path):
         chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--virtual-time-budget=8000",
         f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", page.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=900)
     found = re.search(r'data-seen="([^"]*)"', done.stdout)
     assert found, done.stderr[-2000:]
     seen = json.loads(found[1].replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))

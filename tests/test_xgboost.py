@@ -307,7 +307,7 @@ def test_the_model_in_a_plain_script(run, tmp_path):
     """The README's own script."""
     readme = (REPO / "xgboost" / "README.md").read_text()
     (script,) = re.findall(r"```python\n(.*?from metaflow import .*?)```", readme, re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert f"{run.data.history[-1]['step']} rounds" in done.stdout
     booster = xgboost.Booster(model_file=tmp_path / "model" / "model.ubj")

@@ -71,9 +71,11 @@ _python: dict[str, Preforked] = {}  # of the example whose tests are running
 def python_of(directory: Path) -> str:
     """A ``python`` that has imported what the files of an example import, but not Metaflow.
 
-    A gang gets the real one: its nodes are processes of the control task and die with it, not with a stand-in.
+    What is no example gets the real one, and so does a gang: its nodes are processes of the control task and die with
+    it, not with a stand-in.
     """
-    if any("num_parallel" in flow.read_text() for flow in directory.glob("flow.py")):
+    flow = directory / "flow.py"
+    if not flow.exists() or "num_parallel" in flow.read_text():
         return sys.executable
     if str(directory) not in _python:
         close()

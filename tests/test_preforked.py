@@ -32,13 +32,13 @@ if sys.argv[1] == "wait":
 def python(tmp_path_factory):
     directory = tmp_path_factory.mktemp("example")
     (directory / "train.py").write_text("import decimal\nimport this_does_not_exist\n")
-    (directory / "script.py").write_text(SCRIPT)
+    (directory / "flow.py").write_text(SCRIPT)
     yield preforked.python_of(directory), directory
     preforked.close()
 
 
 def start(python, *arguments, **env):
-    line = [python[0], "-u", str(python[1] / "script.py"), *arguments]
+    line = [python[0], "-u", str(python[1] / "flow.py"), *arguments]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(line, text=True, cwd=python[1].parent, env={**os.environ, "GIVEN": "x", **env}, **streams)
 
@@ -48,7 +48,7 @@ def test_how_it_ends(python):
     for word in ("exit", "kill", "raise"):
         process = start(python, word, "--option")
         output = process.communicate(timeout=900)[0]
-        assert output.splitlines()[0] == f"script.py ['{word}', '--option'] {python[1]} {python[1].parent} x True"
+        assert output.splitlines()[0] == f"flow.py ['{word}', '--option'] {python[1]} {python[1].parent} x True"
         ends[word] = process.returncode, output
     assert ends["exit"][0] == 3 and ends["exit"][1].endswith("at exit\n")
     assert ends["kill"][0] == -signal.SIGKILL

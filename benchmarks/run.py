@@ -125,6 +125,8 @@ def plots(rows):
 
 def compare(rows):
     """Exit with 1 when a ratio is more than a quarter above the committed one."""
+    if not RATIOS.exists():
+        raise SystemExit(f"there is no {RATIOS.name} to compare with: run make bench on a quiet machine and commit it")
     committed = {(row["what"], row["against"]): row for row in json.loads(RATIOS.read_text())}
     worse, compared = [], 0
     for row in rows:

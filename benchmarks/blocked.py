@@ -10,8 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import Memcpy, Row, medians, model_and_adam, quiet, report, take_turns, versus
-from metaflow import FlowSpec, Parameter, checkpoint, current, step
+from measure import Memcpy, Row, medians, model_and_adam, quiet, report, save_today, state_dicts, take_turns, versus
+from metaflow import FlowSpec, Parameter, checkpoint, current, delete_model, step
 
 import common
 
@@ -42,7 +42,7 @@ class BlockedBenchmark(FlowSpec):
         from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
         model, optimizer = model_and_adam(megabytes)
-        tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        tree = state_dicts(model, optimizer)
         state = common.TrainState(model=model, optimizer=optimizer)
         folder = Path(tempfile.mkdtemp())
         lightning = AsyncCheckpointIO(TorchCheckpointIO())
@@ -57,20 +57,15 @@ class BlockedBenchmark(FlowSpec):
 
         def today():
             began = time.perf_counter()
-            directory = Path(current.checkpoint.directory)
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, directory / "state.pt")
-            reference = current.checkpoint.save(str(directory), name="today")
+            reference = save_today(model, optimizer)
             spent = time.perf_counter() - began
-            (directory / "state.pt").unlink()
-            delete(reference)
+            delete_model(reference)
             return spent
 
         def dcp_async():
             target = folder / "dcp"
             began = time.perf_counter()
-            future = dcp.async_save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=str(target)
-            )
+            future = dcp.async_save(state_dicts(model, optimizer), checkpoint_id=str(target))
             spent = time.perf_counter() - began
             future.result()
             shutil.rmtree(target)
@@ -79,7 +74,7 @@ class BlockedBenchmark(FlowSpec):
         def lightning_async():
             target = folder / "lightning.ckpt"
             began = time.perf_counter()
-            lightning.save_checkpoint({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, str(target))
+            lightning.save_checkpoint(state_dicts(model, optimizer), str(target))
             spent = time.perf_counter() - began
             lightning.teardown()
             lightning._executor = None
@@ -109,7 +104,7 @@ class BlockedBenchmark(FlowSpec):
         import torch.distributed.checkpoint as dcp
 
         model, optimizer = model_and_adam(megabytes)
-        tree = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        tree = copy.deepcopy(state_dicts(model, optimizer))
         state = common.TrainState(model=model, optimizer=optimizer)
         folder = Path(tempfile.mkdtemp())
         torch.save(tree, folder / "state.pt")
@@ -125,7 +120,7 @@ class BlockedBenchmark(FlowSpec):
                         moments[name] = value.clone()
 
         def load_dcp():
-            target = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            target = state_dicts(model, optimizer)
             dcp.load(target, checkpoint_id=str(folder / "dcp"))
             optimizer.load_state_dict(target["optimizer"])
 
@@ -134,7 +129,7 @@ class BlockedBenchmark(FlowSpec):
             state.step = 1
             checkpoints.save(state)
             _ = checkpoints.latest
-            ways = {"memcpy": Memcpy(tree), "common": lambda: no_value(checkpoints.restore(state)),
+            ways = {"memcpy": Memcpy(tree), "common": lambda: checkpoints.restore(state),
                     "torch.load + copy": lambda: load(mmap=False), "torch.load(mmap) + copy": lambda: load(mmap=True),
                     "DCP load": load_dcp}  # fmt: skip
             seconds = take_turns(ways, self.rounds, warm_up=2)
@@ -146,16 +141,6 @@ class BlockedBenchmark(FlowSpec):
     @step
     def end(self):
         pass
-
-
-def delete(reference):
-    from metaflow import delete_model
-
-    delete_model(reference)
-
-
-def no_value(_):
-    return None
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import Row, medians, model_and_adam, quiet, report, take_turns
+from measure import Row, medians, model_and_adam, quiet, report, save_today, take_turns, tensors
 from metaflow import FlowSpec, Parameter, checkpoint, current, delete_model, step
 
 import common
@@ -52,11 +52,6 @@ class CostBenchmark(FlowSpec):
         state = common.TrainState(model=model, optimizer=optimizer)
         batch = torch.randn(4, 16, next(model.parameters()).shape[-1])
 
-        def today():
-            directory = Path(current.checkpoint.directory)
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, directory / "state.pt")
-            return current.checkpoint.save(str(directory), name="today")
-
         def one_step():
             optimizer.zero_grad()
             model(batch).square().mean().backward()
@@ -71,7 +66,7 @@ class CostBenchmark(FlowSpec):
             return statistics.median(spent)
 
         kept = []
-        blocked = seconds_of(lambda: kept.append(today()))
+        blocked = seconds_of(lambda: kept.append(save_today(model, optimizer)))
         interval = max(1, round(4 * blocked / seconds_of(one_step)))
         for reference in kept:
             delete_model(reference)
@@ -103,12 +98,12 @@ class CostBenchmark(FlowSpec):
             last = []
 
             def today_and_keep_two():
-                last.append(today())
+                last.append(save_today(model, optimizer))
                 if len(last) > 2:
                     delete_model(last.pop(0))
 
             ways = {"none": block("none", lambda: None),
-                    "common": block("common", ours, lambda: no_value(checkpoints.latest)),
+                    "common": block("common", ours, lambda: checkpoints.latest),
                     "today": block("today", today_and_keep_two)}  # fmt: skip
             seconds = take_turns(ways, self.rounds)
         # neighbours in time are compared, so that what else the machine does counts on both sides
@@ -132,7 +127,7 @@ class CostBenchmark(FlowSpec):
     def bytes_per_checkpoint(self):
         model, optimizer = model_and_adam(self.megabytes)
         state = common.TrainState(model=model, optimizer=optimizer)
-        full = sum(tensor.nbytes for tensor in tensors_of(state))
+        full = sum(tensor.nbytes for tensor in tensors(state.state_dict()))
 
         def of_one_save(state):
             with common.CheckpointManager(current.checkpoint, save_every="1h") as checkpoints, quiet():
@@ -148,16 +143,9 @@ class CostBenchmark(FlowSpec):
             return statistics.median(written)
 
         def today():
-            import torch
-
-            directory = Path(current.checkpoint.directory)
             before = bytes_written()
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, directory / "state.pt")
-            os.sync()
-            reference = current.checkpoint.save(str(directory), name="today")
-            os.sync()
+            reference = save_today(model, optimizer)
             spent = bytes_written() - before
-            (directory / "state.pt").unlink()
             delete_model(reference)
             return spent
 
@@ -169,7 +157,7 @@ class CostBenchmark(FlowSpec):
         """Many saves of 1 MB, of which two are kept."""
         model, optimizer = model_and_adam(1)
         state = common.TrainState(model=model, optimizer=optimizer)
-        one = sum(tensor.nbytes for tensor in tensors_of(state))
+        one = sum(tensor.nbytes for tensor in tensors(state.state_dict()))
         blocked, stored, listing = [], [], {}
         with common.CheckpointManager(self.storage / "growth", save_every="1h", keep_last=2) as checkpoints:
             with quiet():
@@ -182,7 +170,7 @@ class CostBenchmark(FlowSpec):
                 _ = checkpoints.latest
                 stored.append(time.perf_counter() - began)
                 if number in (10, self.saves):
-                    turns = take_turns({"list": lambda: no_value(checkpoints._store.listing())}, 15)
+                    turns = take_turns({"list": checkpoints._store.listing}, 15)
                     listing[number] = medians(turns)["list"]
         disk = size_on_disk(self.storage / "growth")
         early, late = slice(5, 25), slice(-20, None)
@@ -203,16 +191,6 @@ class CostBenchmark(FlowSpec):
     @step
     def end(self):
         pass
-
-
-def tensors_of(state):
-    from measure import tensors
-
-    return tensors(state.state_dict())
-
-
-def no_value(_):
-    return None
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from measure import state_dicts
+
 import common
 
 
@@ -55,15 +57,12 @@ def main(arguments):
         return {"blocked ms": statistics.median(blocked) * 1000 if blocked else 0.0,
                 "steps a second": arguments.steps / spent, "seconds": spent}  # fmt: skip
 
-    def tree():
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-
     pending = []
 
     def dcp_save():
         dcp_wait()
         shutil.rmtree(folder / "dcp", ignore_errors=True)
-        pending.append(dcp.async_save(tree(), checkpoint_id=str(folder / "dcp")))
+        pending.append(dcp.async_save(state_dicts(model, optimizer), checkpoint_id=str(folder / "dcp")))
 
     def dcp_wait():
         while pending:
@@ -85,7 +84,7 @@ def main(arguments):
         ways = {
             "no checkpoints": (lambda: None, lambda: None),
             "common": (ours, lambda: checkpoints.latest),
-            "torch.save": (lambda: torch.save(tree(), folder / "state.pt"), lambda: None),
+            "torch.save": (lambda: torch.save(state_dicts(model, optimizer), folder / "state.pt"), lambda: None),
             "DCP async_save": (dcp_save, dcp_wait),
         }
         for name, (save, finish) in ways.items():

@@ -1,10 +1,9 @@
 """From SIGKILL to the first new step, beside a bare script that somebody starts again by hand.
 
-python benchmarks/restart.py run          # the flow that is killed
-python benchmarks/restart.py bare         # the bare script
 python benchmarks/restart.py compare --rounds 5
 
-Both train the same model, save at every tenth step, and write the time of each step to a file.
+restart_flow.py is the flow that is killed, ``restart.py bare`` the script. Both train the same model, save at every
+tenth step, and write the time of each step to a file.
 """
 
 import argparse
@@ -38,9 +37,7 @@ def training(save, model, optimizer, position):
 def bare():
     """What people write: one file, written beside and renamed, no hashes, no history, no random states."""
     import torch
-
-    sys.path.insert(0, str(Path(__file__).parent))
-    from measure import model_and_adam
+    from measure import model_and_adam, state_dicts
 
     torch.set_num_threads(1)
     path = Path(os.environ["BENCHMARK_STATE"])
@@ -58,8 +55,7 @@ def bare():
     def save():
         done[0] += 1
         if done[0] % SAVE_EVERY == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done[0]}
-            torch.save(state, f"{path}.new")
+            torch.save({**state_dicts(model, optimizer), "step": done[0]}, f"{path}.new")
             os.replace(f"{path}.new", path)
         if first and done[0] == KILL_AT:
             os.kill(os.getpid(), signal.SIGKILL)

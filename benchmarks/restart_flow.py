@@ -15,11 +15,7 @@ class RestartBenchmark(FlowSpec):
     @checkpoint(load_policy="none", show_card=False)
     @step
     def start(self):
-        import sys
-
         import torch
-
-        sys.path.insert(0, str(Path(__file__).parent))
         from measure import model_and_adam
         from restart import SAVE_EVERY, training
 

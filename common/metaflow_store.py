@@ -223,7 +223,7 @@ class Reader:
     def records(self, pathspec: str = "") -> tuple[list[dict[str, Any]], dict[str, list[Event]], list[str]]:
         """The records of a flow, run, step or task ("": of all), the events of their tasks, and the faults met."""
         roots = [f"mf.checkpoints/{part}/{pathspec}".rstrip("/") for part in ("checkpoints/metadata", "events")]
-        files = [path for path in self._walk(roots) if path.endswith((".metadata", ".jsonl"))]
+        files = [path for path in self.walk(roots) if path.endswith((".metadata", ".jsonl"))]
         records: list[dict[str, Any]] = []
         events: dict[str, list[Event]] = {}
         faults: list[str] = []
@@ -260,8 +260,9 @@ class Reader:
         """The contents of small files; one that is missing is left out."""
         return _texts(self._backend, paths)
 
-    def _walk(self, roots: Sequence[str]) -> list[str]:
-        return list(_walk(self._backend, roots))
+    def walk(self, folders: Sequence[str]) -> list[str]:
+        """The paths of all files in some folders and below."""
+        return list(_walk(self._backend, folders))
 
     def load(self, record: dict[str, Any], directory: Path) -> None:
         """Put a checkpoint's files, or symlinks to them, into ``directory``."""

@@ -156,7 +156,7 @@ class _Models(Reader):
 
     def of(self, pathspec: str) -> list[dict[str, Any]]:
         """Their records, oldest first."""
-        paths = [path for path in self._walk([f"mf.models/models/metadata/{pathspec}"]) if path.endswith(".metadata")]
+        paths = [path for path in self.walk([f"mf.models/models/metadata/{pathspec}"]) if path.endswith(".metadata")]
         records: list[dict[str, Any]] = [json.loads(text) for text in self.texts(paths).values()]
         return sorted(records, key=lambda record: (record["attempt"], record["created_on"]))
 

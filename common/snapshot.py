@@ -27,7 +27,7 @@ import numpy as np
 import xxhash
 
 from .encoding import NUMPY_OF, TORCH_OF, Array, encode
-from .errors import InvalidCheckpoint
+from .errors import CheckpointError, InvalidCheckpoint
 
 _CHUNK = 8 << 20
 _LARGE = 4 << 20
@@ -89,7 +89,11 @@ class Snapshot:
         torch: Any = import_module("torch")
         found: dict[str, Any] = {}
         _find_tensors(tree, torch.Tensor, found)
-        self.take({name: encode(tensor)[1][""] for name, tensor in found.items()})
+        arrays: dict[str, Array] = {}
+        for name, tensor in found.items():
+            with contextlib.suppress(CheckpointError):  # sparse, meta, a rare dtype: deepcopy copies it by itself
+                arrays[name] = encode(tensor)[1][""]
+        self.take(arrays)
         copies, offset = dict[int, Any](), 0
         for name, _, shape, nbytes in self._layout:
             tensor = found[name]

@@ -699,6 +699,7 @@ def test_what_is_written_in_the_background_is_a_copy(tmp_path):
     tied, begun, go_on = torch.ones(1000), threading.Event(), threading.Event()
     tree = {"model": collections.OrderedDict(a=tied, b=tied, bf16=torch.ones(3, dtype=torch.bfloat16)),
             "optimizer": {"state": {0: {"step": torch.tensor(1.0), "empty": torch.zeros(0, 2)}}, "lr": 0.1},
+            "sparse": torch.eye(2).to_sparse(),
             "parameter": torch.nn.Parameter(torch.ones(5)), "view": torch.arange(10.0)[2:4]}  # fmt: skip
 
     def write(copied, directory):
@@ -724,4 +725,7 @@ def test_what_is_written_in_the_background_is_a_copy(tmp_path):
             assert type(saved["model"]) is collections.OrderedDict and saved["model"]["bf16"].dtype == torch.bfloat16
             assert saved["optimizer"]["state"][0]["empty"].shape == (0, 2) and saved["optimizer"]["lr"] == 0.1 * step
             assert saved["view"].tolist() == [2.0, 3.0] and saved["parameter"].requires_grad
+            assert torch.equal(saved["sparse"].to_dense(), torch.eye(2)), (
+                "what safetensors does not know is copied, too"
+            )
             assert path.stat().st_size < 2 * tied.nbytes

@@ -9,6 +9,8 @@ takes is timed. Both store everything that they need to go on: weights and optim
 import argparse
 import functools
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -178,5 +180,8 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=1000, help="of four square layers: 1000 is 48 MB with Adam")
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
-    for name in arguments.only.split(","):
-        report([globals()[name](arguments.saves, arguments.width)], arguments.json)
+    first, *others = arguments.only.split(",")
+    report([globals()[first](arguments.saves, arguments.width)], arguments.json)
+    if others:  # TensorFlow and PyTorch do not always bear each other in one process
+        options = f"--only {','.join(others)} --saves {arguments.saves} --width {arguments.width}".split()
+        subprocess.run([sys.executable, __file__, *options, "--json", arguments.json], check=True)

@@ -573,6 +573,7 @@ class CheckpointManager:
         self._writer.drain()  # the buffer is in use until then
         tree, arrays = encode(state.state_dict())
         self._snapshot.take(arrays)
+        arrays.clear()  # now, not while the writer wants the interpreter
         manifest = self._manifest(state.step, state.epoch, metrics, name)
 
         def write(directory: Path) -> dict[str, FileInfo]:
@@ -580,7 +581,8 @@ class CheckpointManager:
             files[TENSORS] = FileInfo(*self._snapshot.write(directory / TENSORS))
             self._faults.in_save(number, state_step)
             with open(directory / TREE, "x", encoding="utf-8") as file:
-                json.dump(tree, file, separators=(",", ":"), allow_nan=False)
+                # not json.dump, which encodes in Python and keeps the training from the interpreter meanwhile
+                file.write(json.dumps(tree, separators=(",", ":"), allow_nan=False))
                 file.flush()
                 os.fsync(file.fileno())
             files[TREE] = hash_file(directory / TREE)

@@ -11,7 +11,6 @@ import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -71,6 +70,7 @@ _TORCH_DTYPES = {
 }  # fmt: skip
 _PLAIN = {int, bool, str, type(None)}
 NUMPY_OF = {code: name for name, code in _NUMPY_DTYPES.items()}
+_CODE_OF: dict[Any, str] = {}  # of the torch.dtype objects met so far
 TORCH_OF = {code: name for name, code in _TORCH_DTYPES.items()}
 
 
@@ -90,7 +90,7 @@ def _encode(value: Any, path: str, arrays: dict[str, Array]) -> Any:
         return value
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        return {"$tensor": _take(path, _torch_array(value, path), arrays)}
+        return {"$tensor": _take(path, _torch_array(value, path, torch), arrays)}
     if isinstance(value, dict):
         return _encode_dict(cast("dict[Any, Any]", value), path, arrays)
     if kind is float:
@@ -159,20 +159,16 @@ def _numpy_array(value: "np.ndarray[Any, Any]", path: str) -> Array:
     return Array(_NUMPY_DTYPES[value.dtype.name], value.shape, contiguous.nbytes, contiguous)
 
 
-@cache
-def _torch_codes(torch: Any) -> dict[Any, str]:
-    return {getattr(torch, name): code for name, code in _TORCH_DTYPES.items() if hasattr(torch, name)}
-
-
-def _torch_array(value: Any, path: str) -> Array:
-    torch = sys.modules["torch"]
-    code = _torch_codes(torch).get(value.dtype)
-    if code is None or value.layout != torch.strided or value.is_meta:
+def _torch_array(value: Any, path: str, torch: Any) -> Array:
+    code = _CODE_OF.get(value.dtype)
+    if code is None:  # the first one of this type
+        code = _CODE_OF[value.dtype] = _TORCH_DTYPES.get(str(value.dtype).removeprefix("torch."), "")
+    if not code or value.layout != torch.strided or value.is_meta:
         raise CheckpointError(
             f"cannot save {path}: a tensor of {value.dtype} and {value.layout} on {value.device} is not supported"
         )
 
-    return Array(code, tuple(value.shape), value.nbytes, value)
+    return Array(code, value.shape, value.nbytes, value)
 
 
 def decode(tree: Any, tensor: Callable[[str], Any], array: Callable[[str], Any]) -> Any:

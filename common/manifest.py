@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import xxhash
 
+from .cores import available_cores
 from .errors import CheckpointError, ConfigChanged, InvalidCheckpoint
 
 FILE_NAME = "manifest.json"
@@ -118,7 +119,7 @@ def environment() -> dict[str, Any]:
         if module is not None and hasattr(module, "__version__"):
             found[name] = str(module.__version__)
     # what a framework was told, or else what it finds: the size of its thread pools decides the order of sums
-    found["threads"] = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+    found["threads"] = os.environ.get("OMP_NUM_THREADS") or available_cores()
     found["device"] = "cpu"
     torch: Any = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "get_num_threads"):

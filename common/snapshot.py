@@ -26,12 +26,16 @@ from typing import Any, cast
 import numpy as np
 import xxhash
 
+from .cores import available_cores, current_core, leave_core
 from .encoding import NUMPY_OF, TORCH_OF, Array, encode
 from .errors import CheckpointError, InvalidCheckpoint
 
 _CHUNK = 8 << 20
-_LARGE = 4 << 20
+_LARGE = 2 << 20
 _PIECE, _WORTH_A_THREAD = 2 << 20, 8 << 20  # bytes copied at a time, and from how many on by more than one thread
+_SMALL = 64 << 10  # bytes
+_copy_small = ctypes.PyDLL(None).memmove  # which keeps the interpreter: giving it up takes longer than such a copy
+_copy_small.argtypes, _copy_small.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
 _PARTS = 512  # buffers that one preadv fills; Linux takes 1024
 _ITEMSIZE = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
              "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}  # fmt: skip
@@ -45,6 +49,7 @@ class Snapshot:
         self._unpin: Callable[[], None] | None = None
         self._layout: list[tuple[str, str, tuple[int, ...], int]] = []  # name, dtype, shape, nbytes
         self._size = 0
+        self._header: tuple[Any, bytes] = (None, b"")  # of the layout that was written last
 
     @property
     def nbytes(self) -> int:
@@ -74,11 +79,13 @@ class Snapshot:
         for _, array in ordered:
             if cuda and array.on_gpu:
                 from_gpu.append((array.source, offset))
-            elif (address := array.address) is not None:
+            elif (address := array.address) is None:
+                array.copy_to(base + offset)
+            elif array.nbytes < _SMALL:
+                _copy_small(base + offset, address, array.nbytes)
+            else:
                 for start in range(0, array.nbytes, _PIECE):
                     pieces.append((base + offset + start, address + start, min(_PIECE, array.nbytes - start)))
-            elif array.nbytes:
-                array.copy_to(base + offset)
             offset += array.nbytes
         _copy_in_memory(pieces)
         if from_gpu:
@@ -109,7 +116,9 @@ class Snapshot:
 
     def write(self, path: Path) -> tuple[int, str]:
         """Write the snapshot to ``path``, durably. Returns its size in bytes and its xxh3_128 hash."""
-        header = self._header()
+        if self._header[0] != self._layout:
+            self._header = self._layout, _header_of(self._layout)
+        header = self._header[1]
         digest = xxhash.xxh3_128(header)
         data = memoryview(self._buffer)[: self._size]
         with open(path, "xb", buffering=0) as file:
@@ -121,16 +130,6 @@ class Snapshot:
             os.fsync(file.fileno())
         return len(header) + self._size, digest.hexdigest()
 
-    def _header(self) -> bytes:
-        header: dict[str, Any] = {}
-        offset = 0
-        for name, dtype, shape, nbytes in self._layout:
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-            offset += nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
     def _allocate(self, size: int, pinned: bool) -> None:
         if size > self._buffer.nbytes:
             if self._unpin is not None:
@@ -139,6 +138,17 @@ class Snapshot:
             self._buffer = _memory(size)
         if pinned and self._unpin is None:
             self._unpin = _pin(self._buffer)
+
+
+def _header_of(layout: Sequence[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, dtype, shape, nbytes in layout:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, offset + nbytes)}
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _find_tensors(tree: Any, kind: Any, found: dict[str, Any]) -> None:
@@ -160,15 +170,20 @@ def _pin(buffer: Any) -> Callable[[], Any]:
 
 
 def _copy_in_memory(pieces: deque[tuple[int, int, int]]) -> None:
-    # one more thread, where there is one more core, halves the time that the training waits. Both take the next piece
-    # that is left, so that one that has to share its core holds nobody up
+    # one more thread, where there is one more core, takes a third off the time that the training waits. Both take the
+    # next piece that is left, so that one that has to share its core holds nobody up
     helper = None
-    if sum(size for _, _, size in pieces) >= _WORTH_A_THREAD and len(os.sched_getaffinity(0)) > 1:
-        helper = threading.Thread(target=_copy_pieces, args=(pieces,))
+    if sum(size for _, _, size in pieces) >= _WORTH_A_THREAD and available_cores() > 1:
+        helper = threading.Thread(target=_help_to_copy, args=(pieces, current_core()))
         helper.start()
     _copy_pieces(pieces)
     if helper is not None:
         helper.join()
+
+
+def _help_to_copy(pieces: deque[tuple[int, int, int]], core: int) -> None:
+    leave_core(core)
+    _copy_pieces(pieces)
 
 
 def _copy_pieces(pieces: deque[tuple[int, int, int]]) -> None:
@@ -254,7 +269,7 @@ class StateFile:
         digest = xxhash.xxh3_128(self._prefix)
         with open(self._path, "rb", buffering=0) as file, contextlib.ExitStack() as stack:
             in_order: Any = map
-            if self.size >= _WORTH_A_THREAD and len(os.sched_getaffinity(0)) > 1:
+            if self.size >= _WORTH_A_THREAD and available_cores() > 1:
                 # two threads read, and fault their memory in, while this one hashes what has come
                 in_order = stack.enter_context(ThreadPoolExecutor(2)).map
             for parts in in_order(partial(self._fill, file.fileno()), self._pieces()):

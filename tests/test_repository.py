@@ -11,7 +11,7 @@ from gallery import REPO, Example
 ADAPTERS = {"keras", "lightning", "transformers", "xgboost", "diffusers", "distributed", "foreign"}
 # the street: a module may import those before it
 ROOMS = [
-    {"errors"},
+    {"cores", "errors"},
     {"encoding", "events", "loopback_hub", "manifest", "policy", "process", "redact", "scratch", "stop", "writer"},
     {"data", "faults", "model_card", "report", "sampler", "snapshot", "state", "tensors", "tiny_models"},
     {"hub", "s3", "store"},

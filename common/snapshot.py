@@ -8,6 +8,8 @@ safetensors reader opens the file: https://github.com/huggingface/safetensors#fo
 import contextlib
 import copy
 import ctypes
+import errno
+import fcntl
 import json
 import math
 import mmap
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,8 +34,10 @@ from .encoding import NUMPY_OF, TORCH_OF, Array, encode
 from .errors import CheckpointError, InvalidCheckpoint
 
 _CHUNK = 8 << 20
+_BLOCK = 4096  # what writing past the page cache is aligned to
+_LARGE_STATE = 8 << 20  # bytes from which on that, and copying on more than one thread, is worth it
 _LARGE = 2 << 20
-_PIECE, _WORTH_A_THREAD = 2 << 20, 8 << 20  # bytes copied at a time, and from how many on by more than one thread
+_PIECE = 2 << 20  # bytes copied or read at a time
 _SMALL = 64 << 10  # bytes
 _copy_small = ctypes.PyDLL(None).memmove  # which keeps the interpreter: giving it up takes longer than such a copy
 _copy_small.argtypes, _copy_small.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
@@ -117,16 +122,20 @@ class Snapshot:
     def write(self, path: Path) -> tuple[int, str]:
         """Write the snapshot to ``path``, durably. Returns its size in bytes and its xxh3_128 hash."""
         if self._header[0] != self._layout:
-            self._header = self._layout, _header_of(self._layout)
+            self._header = self._layout, _header_of(self._layout, _BLOCK if self._size >= _LARGE_STATE else 8)
         header = self._header[1]
         digest = xxhash.xxh3_128(header)
         data = memoryview(self._buffer)[: self._size]
         with open(path, "xb", buffering=0) as file:
             _write_all(file.fileno(), memoryview(header))
-            for start in range(0, self._size, _CHUNK):
-                chunk = data[start : start + _CHUNK]
-                digest.update(chunk)
-                _write_all(file.fileno(), chunk)
+            in_blocks = self._size // _BLOCK * _BLOCK
+            if self._size >= _LARGE_STATE:
+                _bypass_cache(file.fileno(), True)
+            for start, end in pairwise([*range(0, in_blocks, _CHUNK), in_blocks, self._size]):
+                if start == in_blocks:  # less than a block is left
+                    _bypass_cache(file.fileno(), False)
+                digest.update(data[start:end])
+                _write_all(file.fileno(), data[start:end])
             os.fsync(file.fileno())
         return len(header) + self._size, digest.hexdigest()
 
@@ -140,14 +149,14 @@ class Snapshot:
             self._unpin = _pin(self._buffer)
 
 
-def _header_of(layout: Sequence[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+def _header_of(layout: Sequence[tuple[str, str, tuple[int, ...], int]], alignment: int) -> bytes:
     header: dict[str, Any] = {}
     offset = 0
     for name, dtype, shape, nbytes in layout:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, offset + nbytes)}
         offset += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -173,7 +182,7 @@ def _copy_in_memory(pieces: deque[tuple[int, int, int]]) -> None:
     # one more thread, where there is one more core, takes a third off the time that the training waits. Both take the
     # next piece that is left, so that one that has to share its core holds nobody up
     helper = None
-    if sum(size for _, _, size in pieces) >= _WORTH_A_THREAD and available_cores() > 1:
+    if sum(size for _, _, size in pieces) >= _LARGE_STATE and available_cores() > 1:
         helper = threading.Thread(target=_help_to_copy, args=(pieces, current_core()))
         helper.start()
     _copy_pieces(pieces)
@@ -211,12 +220,36 @@ def _copy_from_gpu(tensors: Sequence[tuple[Any, int]], buffer: Any) -> None:
 
 def _memory(size: int) -> Any:
     # numpy's type hints have the buffer protocol from Python 3.12 on only, hence Any
-    return np.empty(size, np.uint8)
+    memory: Any = np.empty(size + _BLOCK, np.uint8)
+    start = -memory.ctypes.data % _BLOCK
+    return memory[start : start + size]
+
+
+def _bypass_cache(fd: int, on: bool) -> bool:
+    """Whether from now on writes go past the page cache (or no longer do); a file system may refuse.
+
+    See O_DIRECT in open(2). Nothing reads a checkpoint soon, and copying it into the cache takes the training most of
+    the processor time that a checkpoint costs. Memory, place in the file and size must be multiples of a block.
+    """
+    flag = getattr(os, "O_DIRECT", 0)  # Linux only
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if bool(flags & flag) == on:
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags ^ flag)
+    except OSError:
+        return False
+    return True
 
 
 def _write_all(fd: int, data: memoryview) -> None:
     while len(data):
-        data = data[os.write(fd, data) :]
+        try:
+            data = data[os.write(fd, data) :]
+        except OSError as error:
+            # a file system with larger blocks, or one that stopped within a block
+            if error.errno != errno.EINVAL or not _bypass_cache(fd, False):
+                raise
 
 
 class StateFile:
@@ -269,7 +302,7 @@ class StateFile:
         digest = xxhash.xxh3_128(self._prefix)
         with open(self._path, "rb", buffering=0) as file, contextlib.ExitStack() as stack:
             in_order: Any = map
-            if self.size >= _WORTH_A_THREAD and available_cores() > 1:
+            if self.size >= _LARGE_STATE and available_cores() > 1:
                 # two threads read, and fault their memory in, while this one hashes what has come
                 in_order = stack.enter_context(ThreadPoolExecutor(2)).map
             for parts in in_order(partial(self._fill, file.fileno()), self._pieces()):

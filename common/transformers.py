@@ -2,8 +2,8 @@
 
 The Trainer writes and reads its own ``checkpoint-N``; the manager decides when, verifies it, and keeps it. Private
 parts of ``Trainer`` in use, each with a test that fails when it changes: ``_load_from_checkpoint``,
-``_issue_warnings_after_load``, ``_run_epoch``, ``_tr_loss`` and ``_globalstep_last_logged``; of TRL's ``SFTTrainer``:
-``_metrics`` and ``_total_train_tokens``.
+``_issue_warnings_after_load``, ``_run_epoch``, ``_save_optimizer_and_scheduler``, ``_tr_loss`` and
+``_globalstep_last_logged``; of TRL's ``SFTTrainer``: ``_metrics`` and ``_total_train_tokens``.
 """
 
 import json
@@ -27,7 +27,8 @@ transformers: Any = import_module("transformers")  # its types are incomplete
 _ExportableState: Any = import_module("transformers.trainer_callback").ExportableState
 
 _STATE, _TOTALS = "trainer_state.json", "running_totals.json"
-_NEEDED = (_STATE, _TOTALS, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
+_NEEDED = (_STATE, _TOTALS, _OPTIMIZER, _SCHEDULER, "rng_state.pth")
 _TOKENS = "_total_train_tokens"  # SFTTrainer counts them for its history
 
 # what TrainingArguments may say, and why nothing else
@@ -57,7 +58,8 @@ class CheckpointCallback(transformers.TrainerCallback):
     It sets ``control.should_save`` when a checkpoint is due, hands ``checkpoint-N`` to the manager without
     ``training_args.bin`` (a pickle), and removes it: what is kept is the manager's. It adds what the Trainer leaves
     out: the running mean of the loss between two log lines, the memory of other callbacks (EarlyStoppingCallback), and
-    ``set_epoch`` of the dataset, which a resumed epoch would miss.
+    ``set_epoch`` of the dataset, which a resumed epoch would miss. The optimizer's file, two thirds of a full
+    fine-tuning's checkpoint, is written while the training goes on.
 
     In the last step of an epoch a checkpoint waits for the evaluation and the log line that follow: the Trainer would
     skip them after a restart. Every evaluation can become a checkpoint by ``keep_best=("eval_loss", "min")``.
@@ -77,6 +79,7 @@ class CheckpointCallback(transformers.TrainerCallback):
         self._directory: Path | None = None  # that the training resumes from
         self._training = False
         self._in_epoch = False  # on_epoch_end is still to come
+        self._optimizer: Any = None  # the state that belongs into the checkpoint in the making
         self._wanted = False  # a checkpoint of this step
         self._metrics: dict[str, float] = {}  # of the evaluations of this step
         self._evaluations = 0
@@ -96,6 +99,10 @@ class CheckpointCallback(transformers.TrainerCallback):
     def attach(self, trainer: Any, directory: Path | None) -> None:
         """Called by :class:`ResumableTrainer`: who trains, and from which directory it resumes."""
         self._trainer, self._directory = trainer, directory
+
+    def write_later(self, optimizer: Any) -> None:
+        """Called by :class:`ResumableTrainer`: the optimizer's state, which its checkpoint lacks."""
+        self._optimizer = optimizer
 
     # ------------------------------------------------------------ called by the Trainer
 
@@ -155,9 +162,11 @@ class CheckpointCallback(transformers.TrainerCallback):
         if hasattr(trainer, _TOKENS):
             totals["tokens"] = getattr(trainer, _TOKENS)
         (directory / _TOTALS).write_text(json.dumps(totals) + "\n")
+        optimizer, self._optimizer = self._optimizer, None
         self._checkpoints.save_files(
-            directory, step=state.global_step, epoch=int(state.epoch), metrics=dict(self._metrics), move=True
-        )
+            directory, step=state.global_step, epoch=int(state.epoch), metrics=dict(self._metrics), move=True,
+            tree=optimizer, write=None if optimizer is None else _write_optimizer,
+        )  # fmt: skip
         shutil.rmtree(directory)
         self._wanted = control.should_save = False
         self._checkpoints.stop_if_asked(lambda: None)
@@ -212,6 +221,7 @@ class ResumableTrainer(transformers.Trainer):
       what ``save_pretrained`` stores under another name: the whole encoder of a ViT.
     - A finished training does not train again. Trainer does one step more when ``max_steps`` ends in mid-epoch, and
       goes on after early stopping.
+    - The optimizer's file is written by the manager, in the background.
     - ``state.log_history`` has no clock times, which would make each checkpoint another one, and not the summary of
       ``train()``, which counts this process only. Callbacks get both.
     """
@@ -237,9 +247,10 @@ class ResumableTrainer(transformers.Trainer):
                 f"resume_from_checkpoint is {directory}, which has no {', '.join(missing)}: without it the training "
                 "would not go on as before. Give it what checkpoints.restore_files() returns"
             )
-        self.remove_callback(callbacks[0])
-        self.add_callback(callbacks[0])  # last: it sees what the others decided
-        callbacks[0].attach(self, directory)
+        self._checkpoint = callbacks[0]
+        self.remove_callback(self._checkpoint)
+        self.add_callback(self._checkpoint)  # last: it sees what the others decided
+        self._checkpoint.attach(self, directory)
         parent: Any = super()
         return parent.train(None if directory is None else str(directory), *arguments, **options)
 
@@ -249,6 +260,14 @@ class ResumableTrainer(transformers.Trainer):
         record = self.state.log_history.pop()
         if "train_loss" not in record:
             self.state.log_history.append(_without_clock(record))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.device.type not in ("cpu", "cuda"):  # others have files of their own
+            parent: Any = super()
+            parent._save_optimizer_and_scheduler(output_dir)
+            return
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+        self._checkpoint.write_later(self.optimizer.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         parent: Any = super()
@@ -274,6 +293,10 @@ class ResumableTrainer(transformers.Trainer):
         if not self.control.should_training_stop:  # set by CheckpointCallback when nothing is left
             parent: Any = super()
             parent._run_epoch(*arguments, **options)
+
+
+def _write_optimizer(state: Any, directory: Path) -> None:
+    torch.save(state, directory / _OPTIMIZER)
 
 
 class _Later(Exception):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from gallery import Example, FlowRun, Scenario, Trainings, run_flow
+from preforked import python_of
 
 KILLED = -signal.SIGKILL
 
@@ -77,16 +78,18 @@ def test_asked_to_stop(example: Example, trainings: Trainings) -> None:
 
 
 def test_train_runs_without_metaflow(example: Example, tmp_path: Path) -> None:
-    """``python train.py`` in a world where metaflow cannot be imported; a second start has nothing to do."""
+    """``python train.py`` in a world where metaflow cannot be imported. A second start, anywhere, has nothing to do."""
     script = "generate.py" if (example.path / "generate.py").exists() else "train.py"
     (tmp_path / "block" / "metaflow").mkdir(parents=True)
     (tmp_path / "block" / "metaflow" / "__init__.py").write_text("raise ImportError('metaflow is out of reach')\n")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "block")}
-    for expected in ("starts at step 0", "all steps are done, --fresh starts anew"):
+    for python, path, expected in (
+        (sys.executable, str(tmp_path / "block"), "starts at step 0"),
+        (python_of(example.path), "", "all steps are done, --fresh starts anew"),
+    ):
+        env = {**os.environ, **({"PYTHONPATH": path} if path else {})}
         done = subprocess.run(
-            [sys.executable, str(example.path / script)],
-            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900,
-        )  # fmt: skip
+            [python, str(example.path / script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900
+        )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert expected in done.stdout, done.stdout[-3000:]
 

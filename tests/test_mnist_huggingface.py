@@ -439,6 +439,31 @@ def test_files_of_a_checkpoint_are_read_without_pickle(fit, hf, monkeypatch):
         }  # fmt: skip
 
 
+def test_the_optimizer_written_later_is_the_one_of_the_step(fit, adapter, monkeypatch):
+    """Its file is what the Trainer would have written at once, although the training has gone on meanwhile."""
+    import torch
+
+    written, write = [], adapter._write_optimizer
+
+    def late(state, directory):
+        time.sleep(0.3)  # some steps
+        written.append(directory)
+        write(state, directory)
+
+    monkeypatch.setattr(adapter, "_write_optimizer", late)
+    every_third = {"save_every": 3, "keep_last": 10}
+    ours = fit("ours", manager=every_third)[0]
+    assert written, "transformers has changed: it no longer calls _save_optimizer_and_scheduler"
+    monkeypatch.delattr(adapter.ResumableTrainer, "_save_optimizer_and_scheduler")
+    assert fit("theirs", manager=every_third)[0] == ours
+    mine, theirs = kept(fit.directory / "ours"), kept(fit.directory / "theirs")
+    assert len(mine) == len(written) > 2 and mine.keys() == theirs.keys()
+    for step, path in mine.items():
+        for name in ("optimizer.pt", "scheduler.pt"):
+            a, b = (torch.load(directory / name, weights_only=True) for directory in (path, theirs[step]))
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 # ------------------------------------------------------------ the best one, the half-written one, the finished one
 
 
@@ -502,12 +527,13 @@ with CheckpointManager(sys.argv[2], save_every=2) as checkpoints:
 
 
 def test_a_half_written_checkpoint_is_never_chosen(digits, hf, tmp_path):
-    """SIGKILL while the Trainer writes checkpoint-4: weights and optimizer are there, random state and position not."""
+    """SIGKILL while the Trainer writes checkpoint-4: weights and schedule are there, random state and position not."""
     command = [sys.executable, "-c", KILLED_IN_MID_WRITE, str(EXAMPLE), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     (half,) = tmp_path.rglob("checkpoint-4")
-    assert (half / "optimizer.pt").exists() and not (half / "trainer_state.json").exists()
+    assert (half / "model.safetensors").exists() and (half / "scheduler.pt").exists()
+    assert not (half / "trainer_state.json").exists()
     assert hf.trainer_utils.get_last_checkpoint(half.parent) == str(half), "the negative control: upstream takes it"
     with CheckpointManager(tmp_path, save_every=2) as checkpoints:
         digits.train(digits.TrainConfig(epochs=2, batch_size=360), checkpoints)

@@ -151,7 +151,13 @@ class CostBenchmark(FlowSpec):
 
         mine, theirs = of_one_save(state), today()
         values = {"state MB": full / 1e6, "common MB": mine / 1e6, "today MB": theirs / 1e6}
-        return [Row(f"bytes written for a checkpoint of {full / 1e6:.3g} MB", "the state", mine / full, 1.05, values)]
+        whole, adapter = lora()
+        of_lora, of_whole = of_one_save(adapter), sum(tensor.nbytes for tensor in tensors(whole))
+        return [
+            Row(f"bytes written for a checkpoint of {full / 1e6:.3g} MB", "the state", mine / full, 1.05, values),
+            Row("bytes written for a checkpoint of LoRA", "the full state", of_lora / of_whole, 0.01,
+                {"full state MB": of_whole / 1e6, "common MB": of_lora / 1e6}),
+        ]  # fmt: skip
 
     def growth(self):
         """Many saves of 1 MB, of which two are kept."""
@@ -191,6 +197,29 @@ class CostBenchmark(FlowSpec):
     @step
     def end(self):
         pass
+
+
+def lora():
+    """What a full fine-tuning would save, and the state of LoRA of rank 8 on the same layers."""
+    import torch
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    base = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048) for _ in range(4)))
+    names = [name for name, _ in base.named_children()]
+    whole = {"model": base.state_dict(), "moments": [base.state_dict(), base.state_dict()]}
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=names))
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
+    model(torch.randn(4, 2048)).square().mean().backward()
+    optimizer.step()
+
+    class Adapter:
+        def state_dict(self):
+            return get_peft_model_state_dict(model)
+
+        def load_state_dict(self, state):
+            set_peft_model_state_dict(model, state)
+
+    return whole, common.TrainState(model=Adapter(), optimizer=optimizer)
 
 
 if __name__ == "__main__":

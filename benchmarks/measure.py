@@ -132,7 +132,8 @@ class Memcpy:
     def __init__(self, tree: Any) -> None:
         import numpy as np
 
-        self._sources = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors(tree)]
+        self._tensors = tensors(tree)  # whose memory must stay
+        self._sources = [(tensor.data_ptr(), tensor.nbytes) for tensor in self._tensors]
         self.nbytes = sum(size for _, size in self._sources)
         self._buffer = np.ones(self.nbytes, np.uint8)  # touched
 

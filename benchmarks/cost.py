@@ -129,8 +129,8 @@ class CostBenchmark(FlowSpec):
         state = common.TrainState(model=model, optimizer=optimizer)
         full = sum(tensor.nbytes for tensor in tensors(state.state_dict()))
 
-        def of_one_save(state):
-            with common.CheckpointManager(current.checkpoint, save_every="1h") as checkpoints, quiet():
+        def of_one_save(state, where):
+            with common.CheckpointManager(where, save_every="1h") as checkpoints, quiet():
                 state.step += 1
                 checkpoints.restore(state)
                 written = []
@@ -149,10 +149,10 @@ class CostBenchmark(FlowSpec):
             delete_model(reference)
             return spent
 
-        mine, theirs = of_one_save(state), today()
+        mine, theirs = of_one_save(state, current.checkpoint), today()
         values = {"state MB": full / 1e6, "common MB": mine / 1e6, "today MB": theirs / 1e6}
         whole, adapter = lora()
-        of_lora, of_whole = of_one_save(adapter), sum(tensor.nbytes for tensor in tensors(whole))
+        of_lora, of_whole = of_one_save(adapter, self.storage / "lora"), sum(tensor.nbytes for tensor in tensors(whole))
         return [
             Row(f"bytes written for a checkpoint of {full / 1e6:.3g} MB", "the state", mine / full, 1.05, values),
             Row("bytes written for a checkpoint of LoRA", "the full state", of_lora / of_whole, 0.01,

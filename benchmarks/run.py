@@ -107,14 +107,17 @@ def plots(rows):
 
     wanted = {row["what"]: row["values"] for row in rows
               if row["what"].startswith(("blocked by a save", "restore into"))}  # fmt: skip
-    figure, axes = pyplot.subplots(1, len(wanted), figsize=(3.4 * len(wanted), 2.6))
-    for axis, (what, values) in zip(axes, wanted.items(), strict=True):
+    rows_of_axes = -(-len(wanted) // 3)
+    figure, axes = pyplot.subplots(rows_of_axes, 3, figsize=(10, 2.5 * rows_of_axes), squeeze=False)
+    for axis in axes.flat[len(wanted) :]:
+        axis.axis("off")
+    for axis, (what, values) in zip(axes.flat, wanted.items(), strict=False):
         names = list(values)[::-1]
         axis.barh(names, [values[name] for name in names],
                   color=["#d9822b" if name == "common" else "#8a9ba8" for name in names])  # fmt: skip
         for place, name in enumerate(names):
             axis.text(values[name], place, f" {number(values[name], '')}", va="center", fontsize=7)
-        axis.set_title(what, fontsize=8)
+        axis.set_title(what, fontsize=9, loc="left")
         axis.set_xlabel("ms", fontsize=7)
         axis.tick_params(labelsize=7)
         axis.margins(x=0.18)

@@ -70,7 +70,7 @@ class Lives(RuleBasedStateMachine):
         saved_new = said is not None and (newest is None or said.sequence > newest.sequence)
         assert newest is None or said is not None, "the newest valid checkpoint was lost"
         assert newest is None or saved_new or said.sequence == newest.sequence
-        # the best that was there, or was saved since, is there; a checkpoint made at the edge of an epoch has not ended it
+        # the best that was there, or was saved since, is there; the epoch that start is the edge of may end once more
         known = {m.metrics["loss"] for m in before.values() if "loss" in m.metrics}
         known |= {self.losses[step] for step in self.losses if start <= step < self.reached}
         here = {m.metrics["loss"] for m in after.values() if "loss" in m.metrics}

@@ -7,33 +7,15 @@ takes is timed. Both store everything that they need to go on: weights and optim
 """
 
 import argparse
-import functools
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from measure import Row, quiet, report
+from measure import Row, quiet, report, timed
 
 import common
-
-
-def timed(owner, name, into):
-    """Time every call of a method, whole."""
-    method = getattr(owner, name)
-
-    @functools.wraps(method)
-    def wrapper(*arguments, **options):
-        began = time.perf_counter()
-        try:
-            return method(*arguments, **options)
-        finally:
-            into.append(time.perf_counter() - began)
-
-    setattr(owner, name, wrapper)
-    return lambda: setattr(owner, name, method)
 
 
 def row(framework, ours, theirs, own_callback):

@@ -4,6 +4,7 @@ These machines are noisy, so nothing is compared with a figure of another time: 
 and what counts is the ratio of their medians.
 """
 
+import functools
 import json
 import os
 import random
@@ -55,6 +56,22 @@ def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int 
             if number >= 0:
                 seconds[name].append(spent)
     return seconds
+
+
+def timed(owner: Any, name: str, into: list[float]) -> Callable[[], None]:
+    """Append the seconds of every call of a method or function to a list. Returns what ends that."""
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return method(*arguments, **options)
+        finally:
+            into.append(time.perf_counter() - began)
+
+    setattr(owner, name, wrapper)
+    return lambda: setattr(owner, name, method)
 
 
 def medians(seconds: Mapping[str, list[float]], factor: float = 1000.0) -> dict[str, float]:

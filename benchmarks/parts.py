@@ -5,14 +5,15 @@ python benchmarks/parts.py --sizes 1,50,500
 
 import argparse
 import copy
-import statistics
+import mmap
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from measure import Memcpy, model_and_adam, quiet, state_dicts
+from measure import Memcpy, medians, model_and_adam, quiet, state_dicts, take_turns, timed
 
 import common
 import common.checkpoint
@@ -28,32 +29,22 @@ def parts_of(megabytes):
     memcpy = Memcpy(copy.deepcopy(state_dicts(model, optimizer)))
     spent = {}
 
-    def timed(owner, name, label):
-        method, times = getattr(owner, name), spent.setdefault(label, [])
-
-        def wrapper(*arguments, **options):
-            began = time.perf_counter()
-            try:
-                return method(*arguments, **options)
-            finally:
-                times.append(1000 * (time.perf_counter() - began))
-
-        setattr(owner, name, wrapper)
-        return lambda: setattr(owner, name, method)
+    def part(owner, name, label):
+        return timed(owner, name, spent.setdefault(label, []))
 
     manager, checkpoint, snapshot = common.CheckpointManager, common.checkpoint, common.snapshot
     undo = [
-        timed(Memcpy, "__call__", "memcpy"),
-        timed(manager, "save", "save"),
-        timed(common.TrainState, "state_dict", "  state_dict() of model, optimizer and random states"),
-        timed(checkpoint, "encode", "  the tree and the list of its tensors"),
-        timed(snapshot.Snapshot, "take", "  layout and copy"),
-        timed(snapshot, "_copy_in_memory", "    the copy of large tensors, on two threads"),
-        timed(manager, "restore", "restore"),
-        timed(checkpoint, "_read_state", "  read and verified"),
-        timed(checkpoint, "decode", "    tensors allocated"),
-        timed(snapshot.StateFile, "read", "    file read into them and hashed"),
-        timed(common.TrainState, "load_state_dict", "  load_state_dict() of model and optimizer"),
+        part(Memcpy, "__call__", "memcpy"),
+        part(manager, "save", "save"),
+        part(common.TrainState, "state_dict", "  state_dict() of model, optimizer and random states"),
+        part(checkpoint, "encode", "  the tree and the list of its tensors"),
+        part(snapshot.Snapshot, "take", "  layout and copy"),
+        part(snapshot, "_copy_in_memory", "    the copy of large tensors, on two threads"),
+        part(manager, "restore", "restore"),
+        part(checkpoint, "_read_state", "  read and verified"),
+        part(checkpoint, "decode", "    tensors allocated"),
+        part(snapshot.StateFile, "read", "    file read into them and hashed"),
+        part(common.TrainState, "load_state_dict", "  load_state_dict() of model and optimizer"),
     ]
     with tempfile.TemporaryDirectory() as name, manager(Path(name) / "c", save_every="1h") as checkpoints, quiet():
         for _ in range(ROUNDS):
@@ -64,25 +55,17 @@ def parts_of(megabytes):
             checkpoints.restore(state)
     for one in undo:
         one()
-    return {label: statistics.median(times[2:]) for label, times in spent.items()}
+    return medians({label: seconds[2:] for label, seconds in spent.items()})
 
 
-def fresh_memory(megabytes=50, rounds=9):
-    """Milliseconds to write to memory for the first time, in pages of 4 KB and of 2 MB."""
-    import mmap
-
-    found = {}
-    for label, advice in (("4 KB", mmap.MADV_NOHUGEPAGE), ("2 MB", mmap.MADV_HUGEPAGE)):
-        times = []
-        for _ in range(rounds):
-            memory = mmap.mmap(-1, int(megabytes * 1e6), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            memory.madvise(advice)
-            array = np.frombuffer(memory, np.uint8)
-            began = time.perf_counter()
-            array.fill(1)
-            times.append(1000 * (time.perf_counter() - began))
-        found[label] = statistics.median(times)
-    return found
+def first_write(advice, megabytes=50):
+    """Seconds to write to memory for the first time, in pages as advised."""
+    memory = mmap.mmap(-1, int(megabytes * 1e6), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(advice)
+    array = np.frombuffer(memory, np.uint8)
+    began = time.perf_counter()
+    array.fill(1)
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
@@ -93,5 +76,6 @@ if __name__ == "__main__":
         print(f"{size:g} MB")
         for label, milliseconds in parts_of(size).items():
             print(f"  {label:<52} {milliseconds:8.2f} ms")
-    for pages, milliseconds in fresh_memory().items():
+    ways = {"4 KB": partial(first_write, mmap.MADV_NOHUGEPAGE), "2 MB": partial(first_write, mmap.MADV_HUGEPAGE)}
+    for pages, milliseconds in medians(take_turns(ways, 9)).items():
         print(f"the first write to 50 MB of memory in pages of {pages}: {milliseconds:.1f} ms")

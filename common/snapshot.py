@@ -36,10 +36,10 @@ from .errors import CheckpointError, InvalidCheckpoint
 _CHUNK = 8 << 20
 _BLOCK = 4096  # what writing past the page cache is aligned to
 _LARGE_STATE = 8 << 20  # bytes from which on that, and copying on more than one thread, is worth it
-_LARGE = 2 << 20
+_LARGE_PAGE = 2 << 20  # bytes; a smaller tensor has no use for one
 _PIECE = 2 << 20  # bytes copied or read at a time
-_SMALL = 64 << 10  # bytes
-_copy_small = ctypes.PyDLL(None).memmove  # which keeps the interpreter: giving it up takes longer than such a copy
+_SMALL = 64 << 10  # bytes; for fewer, giving up the interpreter takes longer than the copy
+_copy_small = ctypes.PyDLL(None).memmove  # which keeps it
 _copy_small.argtypes, _copy_small.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
 _PARTS = 512  # buffers that one preadv fills; Linux takes 1024
 _ITEMSIZE = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -121,16 +121,16 @@ class Snapshot:
 
     def write(self, path: Path) -> tuple[int, str]:
         """Write the snapshot to ``path``, durably. Returns its size in bytes and its xxh3_128 hash."""
+        large = self._size >= _LARGE_STATE
         if self._header[0] != self._layout:
-            self._header = self._layout, _header_of(self._layout, _BLOCK if self._size >= _LARGE_STATE else 8)
+            self._header = self._layout, _header_of(self._layout, _BLOCK if large else 8)
         header = self._header[1]
         digest = xxhash.xxh3_128(header)
         data = memoryview(self._buffer)[: self._size]
         with open(path, "xb", buffering=0) as file:
             _write_all(file.fileno(), memoryview(header))
-            in_blocks = self._size // _BLOCK * _BLOCK
-            if self._size >= _LARGE_STATE:
-                _bypass_cache(file.fileno(), True)
+            in_blocks = self._size // _BLOCK * _BLOCK if large else 0
+            _bypass_cache(file.fileno(), large)
             for start, end in pairwise([*range(0, in_blocks, _CHUNK), in_blocks, self._size]):
                 if start == in_blocks:  # less than a block is left
                     _bypass_cache(file.fileno(), False)
@@ -226,7 +226,7 @@ def _memory(size: int) -> Any:
 
 
 def _bypass_cache(fd: int, on: bool) -> bool:
-    """Whether from now on writes go past the page cache (or no longer do); a file system may refuse.
+    """Have writes go past the page cache, or no longer. Returns whether that changed: a file system may refuse.
 
     See O_DIRECT in open(2). Nothing reads a checkpoint soon, and copying it into the cache takes the training most of
     the processor time that a checkpoint costs. Memory, place in the file and size must be multiples of a block.
@@ -374,6 +374,6 @@ def _places(header: Any, size: int) -> dict[str, tuple[str, list[int], int]]:
 def _in_large_pages(address: int, nbytes: int) -> None:
     # numpy asks for them itself; a first touch in pages of 4 KB takes several times as long
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if nbytes >= _LARGE and advice is not None:
+    if nbytes >= _LARGE_PAGE and advice is not None:
         start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + nbytes - start), advice)

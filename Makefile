@@ -13,6 +13,7 @@ EXAMPLES := $(patsubst %/example.toml,%,$(wildcard */example.toml))
 OWN := $(patsubst %/constraints.txt,%,$(wildcard */constraints.txt))
 SHARED := $(filter-out $(OWN),$(EXAMPLES))
 EX ?=
+ALL ?=
 
 .PHONY: help demo test test-all bench bench-quick bench-check example copy new lint constraints clean
 
@@ -50,16 +51,16 @@ demo: .venvs/mnist_torch_vanilla/ready  ## train, kill it mid-epoch, resume, sho
 
 ifdef EX
 test: .venvs/$(EX)/test-ready  ## run the suite; with EX=name only that example, in its own environment
-	@PATH="$(CURDIR)/.venvs/$(EX)/bin:$$PATH" pytest -n 2 --dist loadgroup --example $(EX) tests/test_examples.py $(wildcard tests/test_$(EX).py)
+	@PATH="$(CURDIR)/.venvs/$(EX)/bin:$$PATH" pytest -n 2 --dist loadgroup $(ALL) --example $(EX) tests/test_examples.py \
+		tests/test_copy.py::test_a_copy_tests_itself $(wildcard tests/test_$(EX).py)
 else
 test: .venv/ready $(OWN:%=.venvs/%/test-ready)
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -n 2 --dist loadgroup
-	@for example in $(OWN); do $(MAKE) --no-print-directory test EX=$$example || exit 1; done
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -n 2 --dist loadgroup $(ALL)
+	@for example in $(OWN); do $(MAKE) --no-print-directory test EX=$$example ALL=$(ALL) || exit 1; done
 endif
 
-test-all: .venv/ready $(OWN:%=.venvs/%/test-ready)  ## the suite with everything that does not fit into it
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -n 2 --dist loadgroup --all
-	@for example in $(OWN); do $(MAKE) --no-print-directory test EX=$$example || exit 1; done
+test-all: ALL := --all
+test-all: test  ## the suite with everything that does not fit into it
 
 bench: .venv/ready  ## what a checkpoint costs, beside its peers: benchmarks/RESULTS.md (15 minutes)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" python benchmarks/run.py

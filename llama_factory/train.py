@@ -94,7 +94,8 @@ def executable() -> str:
     found = shutil.which("llamafactory-cli", path=os.pathsep.join(places))
     if found is None:
         raise CheckpointError(
-            "there is no llamafactory-cli. LLaMA-Factory needs an environment of its own: make example EX=llama_factory"
+            "there is no llamafactory-cli: install this example's requirements.txt with its constraints.txt, "
+            "in an environment of their own"
         )
     return found
 

@@ -57,11 +57,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         unknown = set(chosen or []) - {example.name for example in examples}
         if unknown:
             raise pytest.UsageError(f"--example {unknown.pop()}: there is no such directory with an example.toml")
+        own = ("test_examples", "test_copy")  # these run the example
         parameters = []
         for one in examples:
             # one worker does all tests of an example, so that its runs are made once
             marks = [pytest.mark.xdist_group(one.name)]
-            if one.has_own_environment and not chosen and metafunc.module.__name__.endswith("test_examples"):
+            if one.has_own_environment and not chosen and metafunc.module.__name__.endswith(own):
                 reason = f"{one.name} has an environment of its own: make test EX={one.name}, which make test does, too"
                 marks.append(pytest.mark.skip(reason=reason))
             parameters.append(pytest.param(one, id=one.name, marks=marks))

@@ -12,23 +12,12 @@ from pathlib import Path
 import pytest
 from gallery import REPO, Example, discover
 
+QUICK = ("mnist_torch_vanilla", "xgboost", "mnist_ptl")  # examples that start quickly: their copies are always tested
+
 
 def copy_out(*arguments) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, str(REPO / "tools/copy_out.py"), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=900)
-
-
-def chosen() -> list:
-    """Three examples that start quickly in the ordinary suite, and all of them with --all."""
-    quick = {"mnist_torch_vanilla": 0, "xgboost": 1, "mnist_ptl": 2}
-    # one with a constraints.txt of its own has an environment of its own, which this is not
-    examples = [example for example in discover() if not example.has_own_environment]
-    examples.sort(key=lambda example: (quick.get(example.name, 9), example.name))
-    parameters = []
-    for number, example in enumerate(examples):
-        marks = [pytest.mark.xdist_group(f"copy {example.name}"), *([pytest.mark.slow] if number > 2 else [])]
-        parameters.append(pytest.param(example, id=example.name, marks=marks))
-    return parameters
 
 
 @pytest.fixture
@@ -40,10 +29,11 @@ def hostile(tmp_path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(package.parent), "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(tmp_path)}
 
 
-@pytest.mark.parametrize("one", chosen())
-def test_a_copy_tests_itself(one: Example, tmp_path, hostile):
+def test_a_copy_tests_itself(example: Example, tmp_path, hostile, pytestconfig):
     """Its own test kills and resumes it, in this environment, where the gallery is installed but out of reach."""
-    done = copy_out(one.name, tmp_path / "my_project")
+    if example.name not in QUICK and not pytestconfig.getoption("--all"):
+        pytest.skip("a copy of every example: run with --all")
+    done = copy_out(example.name, tmp_path / "my_project")
     assert done.returncode == 0, done.stderr
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(line, cwd=tmp_path / "my_project", env=hostile, capture_output=True, text=True, timeout=600)
@@ -109,6 +99,7 @@ def test_a_copy_has_what_it_needs_and_nothing_else(one: Example, tmp_path):
         assert (project / command).exists(), f"README.md runs {command}"
     for source in [readme, *sources.values()]:
         assert not re.search(r"\bcommon[./][a-z_]+\b", source), "the gallery's package is mentioned"
+        assert not re.search(r"\bmake [a-z]+ EX=", source), "a command of the gallery is mentioned"
 
 
 def normal(name: str) -> str:

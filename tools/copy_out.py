@@ -306,7 +306,7 @@ def own_readme(
             lines = part.splitlines(keepends=True)
             parts[number] = "".join(line for line in lines if not re.search(r"python -m common|^make ", line))
         else:
-            parts[number] = without_sentences(part, rf"Copy `{example}/`|python -m common|The test suite")
+            parts[number] = without_sentences(part, rf"Copy `{example}/`|python -m common|make example|The test suite")
     text = "".join(parts).replace("The repository's [README](../README.md)", "The gallery's README")
     anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)", text, re.M)}
 

@@ -13,6 +13,7 @@ runs it there, and ends as that one ends. When the stand-in dies, the fork is ki
 import ast
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -25,12 +26,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 
-_PREFIXES = ("PYTHONPATH", "PYTHONHASHSEED", "HF_", "TRANSFORMERS_", "KERAS_", "TF_", "OMP_", "MKL_", "CUDA_", "TORCH_")
+import stand_in
 
 
 class Preforked:
@@ -45,17 +44,18 @@ class Preforked:
         address = self.directory / "socket"
         env, ask = dict(os.environ), f"ask({str(address)!r})"
         if command == "python":
-            ask = f"ask_python({str(address)!r}, {sys.executable!r}, {_seen_by_imports(env)!r})"
+            seen = f"{stand_in.seen_by_imports(env)!r}, {stand_in.seen_by_metaflow(env)!r}"
+            ask = f"ask_python({str(address)!r}, {sys.executable!r}, {seen})"
         else:
             env["PYTHONHASHSEED"] = "0"  # what train.py asks for; a fork cannot choose another
         line = [sys.executable, __file__, str(address), main, *imports]
         self._server = subprocess.Popen(line, stdin=subprocess.PIPE, env=env)
-        stand_in = self.directory / command
+        script = self.directory / command
         folder = str(Path(__file__).parent)
-        stand_in.write_text(
-            f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {folder!r})\nimport preforked\npreforked.{ask}\n"
+        script.write_text(
+            f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {folder!r})\nimport stand_in\nstand_in.{ask}\n"
         )
-        stand_in.chmod(0o755)
+        script.chmod(0o755)
 
     def close(self) -> None:
         """End the process that imported."""
@@ -69,8 +69,9 @@ _python: dict[str, Preforked] = {}  # of the example whose tests are running
 
 
 def python_of(directory: Path) -> str:
-    """A ``python`` that has imported what the files of an example import, but not Metaflow.
+    """A ``python`` that has imported what the files of an example import.
 
+    Metaflow reads its configuration when it is imported, so a process with another one than the test's imports it anew.
     What is no example gets the real one, and so does a gang: its nodes are processes of the control task and die with
     it, not with a stand-in.
     """
@@ -90,7 +91,8 @@ def close() -> None:
 
 
 def _imports(directory: Path) -> list[str]:
-    own = {path.stem for path in directory.glob("*.py")} | {"metaflow", "__future__"}
+    """The import statements of an example's files, Metaflow's last."""
+    own = {path.stem for path in directory.glob("*.py")} | {"__future__"}
     found: dict[str, None] = {}
     for path in sorted(directory.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -98,56 +100,31 @@ def _imports(directory: Path) -> list[str]:
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if names and not {name.partition(".")[0] for name in names} & own:
                 found[ast.unparse(node)] = None
-    return list(found)
+    return sorted(found, key=_is_metaflow)
 
 
-def _seen_by_imports(env: Mapping[str, str]) -> dict[str, str]:
-    # what modules read when they are imported; Metaflow, which is not imported before the fork, reads its own later
-    return {name: value for name, value in env.items() if name.startswith(_PREFIXES)}
-
-
-def ask_python(address: str, python: str, environment: dict[str, str]) -> None:
-    """The stand-in of ``python``: a script is run over there, anything else by the real one."""
-    arguments = sys.argv[1:]
-    while arguments[:1] == ["-u"]:
-        arguments.pop(0)
-    if not arguments or not arguments[0].endswith(".py") or _seen_by_imports(os.environ) != environment:
-        os.execv(python, [python, *sys.argv[1:]])
-    ask(address)
-
-
-def ask(address: str) -> None:
-    """The stand-in: have it run over there, and end with its status."""
-    server = socket.socket(socket.AF_UNIX)
-    for _ in range(1200):
-        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-            server.connect(address)
-            break
-        time.sleep(0.1)  # it is still importing
-    request = json.dumps({"argv": sys.argv, "cwd": str(Path.cwd()), "env": dict(os.environ)}).encode()
-    socket.send_fds(server, [len(request).to_bytes(8, "little")], [0, 1, 2])
-    server.sendall(request)
-    answer = server.recv(100)
-    code = int(answer) if answer else 1
-    if code < 0:
-        os.kill(os.getpid(), -code)
-    os._exit(code)
+def _is_metaflow(statement: str) -> bool:
+    return statement.split()[1].partition(".")[0] == "metaflow"
 
 
 def serve(address: str, main: str, imports: list[str]) -> None:
-    """Import, then fork for each stand-in that asks, until standard input ends."""
+    """Import, then fork for each stand-in that asks, until standard input ends.
+
+    A fork of this process imports Metaflow as well, where that is among the imports, and serves an address of its own.
+    """
     module, _, function = main.partition(":")
     sys.modules["preforked"] = sys.modules["__main__"]
     before = dict(os.environ)
-    for name in [*imports, module]:
-        if " " not in name:
-            importlib.import_module(name)
-            continue
-        with contextlib.suppress(ImportError):  # of what only another environment has
-            exec(name, {})
-    if main == "preforked:script" and "metaflow" in sys.modules:
-        raise SystemExit("an import of the example's imports Metaflow, which reads its configuration from each process")
-    _by_imports.update({name: value for name, value in os.environ.items() if before.get(name) != value})
+    of_metaflow = [name for name in imports if " " in name and _is_metaflow(name)]
+    do_imports([*(name for name in imports if name not in of_metaflow), module])
+    if of_metaflow:
+        if "metaflow" in sys.modules:
+            raise SystemExit("an import of the example's imports Metaflow, which not every start may have imported")
+        if os.fork() == 0:
+            address += stand_in.WITH_METAFLOW
+            do_imports(of_metaflow)
+    late = Path(f"{address}-late")
+    late.mkdir()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(100)
@@ -155,18 +132,49 @@ def serve(address: str, main: str, imports: list[str]) -> None:
     while True:
         ready = select.select([listener, sys.stdin], [], [])[0]
         if sys.stdin in ready:
-            return
+            os._exit(0)
         connection = listener.accept()[0]
+        for note in late.glob("*.json"):
+            do_imports(json.loads(note.read_text()))
+            note.unlink()
+        gc.freeze()  # what imports have made stays for good: a fork that collects garbage need not look through it
+        _by_imports.update({name: value for name, value in os.environ.items() if before.get(name) != value})
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             listener.close()
             with contextlib.suppress(BaseException):
-                answer(connection, getattr(sys.modules[module], function))
+                answer(connection, getattr(sys.modules[module], function), late)
             os._exit(1)
         connection.close()
 
 
-def answer(connection: socket.socket, main) -> None:
+def do_imports(names: list[str]) -> None:
+    """Import modules by their name, or carry out import statements."""
+    for name in names:
+        with contextlib.suppress(Exception):  # of what only another environment has
+            if " " in name:
+                exec(name, {})
+            else:
+                importlib.import_module(name)
+
+
+def note_imports(late: Path, before: set[str]) -> None:
+    """Tell the process that imports what this fork of it had to import itself, so that the next one need not.
+
+    Not the example's own modules, and none of Metaflow's: its command line is made for the flow that imports it.
+    """
+    names = []
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if file.startswith((sys.prefix, sys.base_prefix)) and not name.startswith("metaflow"):
+            names.append(name)
+    if names:
+        new = late / f"{os.getpid()}.new"
+        new.write_text(json.dumps(sorted(names)))
+        new.rename(new.with_suffix(".json"))
+
+
+def answer(connection: socket.socket, main, late: Path) -> None:
     """Run the command in a fork of this fork; send how it ended, or kill it when nobody listens any more."""
     size, streams, _, _ = socket.recv_fds(connection, 8, 3)
     request, wanted = b"", int.from_bytes(size, "little")
@@ -174,7 +182,7 @@ def answer(connection: socket.socket, main) -> None:
         request += connection.recv(wanted - len(request))
     pid = os.fork()
     if pid == 0:
-        run(main, streams, json.loads(request))
+        run(main, streams, json.loads(request), late)
     for stream in streams:
         os.close(stream)
     while True:
@@ -187,12 +195,11 @@ def answer(connection: socket.socket, main) -> None:
             os._exit(0)
 
 
-def run(main, streams: list[int], request: dict) -> None:
+def run(main, streams: list[int], request: dict, late: Path) -> None:
     """The command itself, as if it had just been started."""
-    from common import die_with_parent
-
-    die_with_parent()
-    code = 1
+    # by its file: to a project that was copied out, importing the gallery's package is an error
+    runpy.run_path(str(Path(__file__).parent.parent / "common/process.py"))["die_with_parent"]()
+    code, imported = 1, set(sys.modules)
     try:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
@@ -209,6 +216,8 @@ def run(main, streams: list[int], request: dict) -> None:
     finally:
         threading._shutdown()  # waits for threads, as the end of any process does
         atexit._run_exitfuncs()
+        with contextlib.suppress(OSError):  # when everything ends, its directory may be gone
+            note_imports(late, imported)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

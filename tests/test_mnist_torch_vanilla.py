@@ -8,11 +8,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from gallery import REPO, Example, FlowRun, Scenario, Trainings, run_flow
+from preforked import python_of
 
 EXAMPLE = Example(REPO / "mnist_torch_vanilla")
 pytestmark = pytest.mark.xdist_group(EXAMPLE.name)
@@ -97,7 +99,7 @@ class PlainRun:
 
     def __init__(self, *arguments: str, when: dict[str, Callable[[int], None]] | None = None) -> None:
         self.cwd = Path(tempfile.mkdtemp(dir=os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"]))
-        command = [sys.executable, str(EXAMPLE.path / "plain_flow.py"), *arguments, "--run-id-file", "run_id"]
+        command = [python_of(EXAMPLE.path), str(EXAMPLE.path / "plain_flow.py"), *arguments, "--run-id-file", "run_id"]
         flow = subprocess.Popen(
             command, cwd=self.cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
         )
@@ -126,6 +128,7 @@ STORE = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"]) / ".metaflow/mf.che
 
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
+    time.sleep(0.1)  # the process behind this one dies with it, within 20 ms; see preforked.py
 
 
 def stored() -> list[Path]:

@@ -15,6 +15,9 @@ import atexit, os, random, signal, sys, time
 from pathlib import Path
 print(Path(sys.argv[0]).name, sys.argv[1:], sys.path[0], os.getcwd(), os.environ["GIVEN"], "decimal" in sys.modules)
 print(random.random())
+if sys.argv[1] == "imported":
+    print([name for name in ("metaflow", "decimal", "zipapp") if name in sys.modules])
+    __import__("zipapp")
 if sys.argv[1] == "exit":
     atexit.register(print, "at exit")
     sys.exit(3)
@@ -31,7 +34,7 @@ if sys.argv[1] == "wait":
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     directory = tmp_path_factory.mktemp("example")
-    (directory / "train.py").write_text("import decimal\nimport this_does_not_exist\n")
+    (directory / "train.py").write_text("import decimal\nimport this_does_not_exist\nfrom metaflow import FlowSpec\n")
     (directory / "flow.py").write_text(SCRIPT)
     yield preforked.python_of(directory), directory
     preforked.close()
@@ -74,3 +77,15 @@ def test_what_it_cannot_do_is_done_by_the_real_one(python):
     assert done.stdout.strip() == sys.executable
     other = start(python, "exit", HF_HOME="/somewhere/else").communicate()[0]
     assert other.splitlines()[0].endswith(" x False"), "an import could have read the other value"
+
+
+def test_what_it_has_imported(python):
+    """Metaflow only for the configuration that it has read; what a start imports late, the next one has."""
+
+    def imported(**env):
+        return start(python, "imported", **env).communicate()[0].splitlines()[-1]
+
+    assert [imported(), imported()] == ["['metaflow', 'decimal']", "['metaflow', 'decimal', 'zipapp']"]
+    assert imported(METAFLOW_RUN_ID="1") == "['metaflow', 'decimal', 'zipapp']", "it is not configuration"
+    other = {"METAFLOW_DEFAULT_DATASTORE": "s3"}
+    assert [imported(**other), imported(**other)] == ["['decimal']", "['decimal', 'zipapp']"]

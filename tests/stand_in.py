@@ -1,0 +1,52 @@
+"""What is started in place of a command that preforked.py has imported already. It imports next to nothing itself."""
+
+import json
+import os
+import socket
+import sys
+import time
+
+_PREFIXES = ("PYTHONPATH", "PYTHONHASHSEED", "HF_", "TRANSFORMERS_", "KERAS_", "TF_", "OMP_", "MKL_", "CUDA_", "TORCH_")
+# what Metaflow tells its tasks about themselves; the rest of METAFLOW_* is configuration, which it reads when imported
+_OF_A_TASK = ("METAFLOW_RUN_ID", "METAFLOW_CHECKPOINT_TASK_IDENTIFIER", "METAFLOW_CHECKPOINT_UID")
+WITH_METAFLOW = "-metaflow"  # ends the address of the process that has imported Metaflow, too
+
+
+def seen_by_imports(env) -> dict[str, str]:
+    """The variables that frameworks read when they are imported."""
+    return {name: value for name, value in env.items() if name.startswith(_PREFIXES)}
+
+
+def seen_by_metaflow(env) -> dict[str, str]:
+    """The variables that Metaflow reads when it is imported."""
+    return {name: value for name, value in env.items() if name.startswith("METAFLOW_") and name not in _OF_A_TASK}
+
+
+def ask_python(address: str, python: str, by_imports: dict[str, str], by_metaflow: dict[str, str]) -> None:
+    """The stand-in of ``python``: a script is run over there, anything else by the real one."""
+    arguments = sys.argv[1:]
+    while arguments[:1] == ["-u"]:
+        arguments.pop(0)
+    if not arguments or not arguments[0].endswith(".py") or seen_by_imports(os.environ) != by_imports:
+        os.execv(python, [python, *sys.argv[1:]])
+    ask(f"{address}{WITH_METAFLOW}" if seen_by_metaflow(os.environ) == by_metaflow else address)
+
+
+def ask(address: str) -> None:
+    """Have it run over there, and end with its status."""
+    server = socket.socket(socket.AF_UNIX)
+    for _ in range(1200):
+        try:
+            server.connect(address)
+            break
+        except (FileNotFoundError, ConnectionRefusedError):
+            time.sleep(0.1)  # it is still importing
+    cwd = os.getcwd()  # noqa: PTH109 - pathlib takes longer to import than all the rest
+    request = json.dumps({"argv": sys.argv, "cwd": cwd, "env": dict(os.environ)}).encode()
+    socket.send_fds(server, [len(request).to_bytes(8, "little")], [0, 1, 2])
+    server.sendall(request)
+    answer = server.recv(100)
+    code = int(answer) if answer else 1
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    os._exit(code)

@@ -51,11 +51,11 @@ demo: .venvs/mnist_torch_vanilla/ready  ## train, kill it mid-epoch, resume, sho
 
 ifdef EX
 test: .venvs/$(EX)/test-ready  ## run the suite; with EX=name only that example, in its own environment
-	@PATH="$(CURDIR)/.venvs/$(EX)/bin:$$PATH" pytest -n 2 --dist loadgroup $(ALL) --example $(EX) tests/test_examples.py \
+	@PATH="$(CURDIR)/.venvs/$(EX)/bin:$$PATH" pytest -n 3 --dist loadgroup $(ALL) --example $(EX) tests/test_examples.py \
 		tests/test_copy.py::test_a_copy_tests_itself $(wildcard tests/test_$(EX).py)
 else
 test: .venv/ready $(OWN:%=.venvs/%/test-ready)
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -n 2 --dist loadgroup $(ALL)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -n 3 --dist loadgroup $(ALL)
 	@for example in $(OWN); do $(MAKE) --no-print-directory test EX=$$example ALL=$(ALL) || exit 1; done
 endif
 

@@ -130,5 +130,5 @@ def test_types():
 def test_marked_tests_stay_together(request):
     """A version of pytest-xdist that groups nothing makes every shared run twice, silently."""
     if not getattr(request.config.option, "loadgroup", False):
-        pytest.skip("needs -n 2 --dist loadgroup, as in make test")
+        pytest.skip("needs -n and --dist loadgroup, as in make test")
     assert request.node.nodeid.endswith("@together")

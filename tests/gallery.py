@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tempfile
 import tomllib
 from dataclasses import dataclass
@@ -119,12 +118,12 @@ def run_flow(
 ) -> FlowRun:
     """``python flow.py TOP run ARGUMENTS`` in an empty directory, as a user would run it.
 
-    ``python`` is one that has imported the framework already, unless another is given; see preforked.py.
+    ``python`` is one that has done the imports already, unless another is given; see preforked.py.
     """
     cwd = Path(tempfile.mkdtemp(dir=os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"], prefix="cwd-"))
-    python = python or preforked.python_of(example.path)
-    line = [python, str(example.path / file), *top, command, "--run-id-file", "run_id", *arguments]
     environment = {**os.environ, "FAULTS": faults, **(env or {})}
+    python = python or preforked.python_of(example.path / file, environment)
+    line = [python, str(example.path / file), *top, command, "--run-id-file", "run_id", *arguments]
     done = subprocess.run(
         line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
     )
@@ -159,7 +158,7 @@ class Trainings:
         if self._zygote is None:
             self._scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
             self._zygote = subprocess.Popen(
-                [sys.executable, str(REPO / "tests" / "zygote.py")],
+                [preforked.python_of(self.example.path / "flow.py"), str(REPO / "tests" / "zygote.py")],
                 cwd=self._scratch.name,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 import stand_in
@@ -38,11 +39,11 @@ class Preforked:
     ``imports`` are names of modules or import statements.
     """
 
-    def __init__(self, command: str, main: str, imports: list[str]) -> None:
+    def __init__(self, command: str, main: str, imports: list[str], env: Mapping[str, str] = os.environ) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="preforked-")
         self.directory = Path(self._scratch.name)
         address = self.directory / "socket"
-        env, ask = dict(os.environ), f"ask({str(address)!r})"
+        env, ask = dict(env), f"ask({str(address)!r})"
         if command == "python":
             seen = f"{stand_in.seen_by_imports(env)!r}, {stand_in.seen_by_metaflow(env)!r}"
             ask = f"ask_python({str(address)!r}, {sys.executable!r}, {seen})"
@@ -68,20 +69,21 @@ _by_imports: dict[str, str] = {}  # what the imports have put into the environme
 _python: dict[str, Preforked] = {}  # of the example whose tests are running
 
 
-def python_of(directory: Path) -> str:
-    """A ``python`` that has imported what the files of an example import.
+def python_of(script: Path, env: Mapping[str, str] = os.environ) -> str:
+    """A ``python`` that has imported what a script imports, and what the other files of its example import.
 
-    Metaflow reads its configuration when it is imported, so a process with another one than the test's imports it anew.
-    What is no example gets the real one, and so does a gang: its nodes are processes of the control task and die with
-    it, not with a stand-in.
+    It has done so with the variables of ``env``; a process with others does it anew, as far as imports read them.
+    A gang gets the real python: its nodes are processes of the control task and die with it, not with a stand-in.
     """
-    flow = directory / "flow.py"
-    if not flow.exists() or "num_parallel" in flow.read_text():
+    flow = script.with_name("flow.py")
+    script = flow if flow.exists() else script
+    if "num_parallel" in script.read_text():
         return sys.executable
-    if str(directory) not in _python:
+    key = json.dumps([str(script), stand_in.seen_by_imports(env), stand_in.seen_by_metaflow(env)])
+    if key not in _python:
         close()
-        _python[str(directory)] = Preforked("python", "preforked:script", _imports(directory))
-    return str(_python[str(directory)].directory / "python")
+        _python[key] = Preforked("python", "preforked:script", _imports(script), env)
+    return str(_python[key].directory / "python")
 
 
 def close() -> None:
@@ -90,12 +92,14 @@ def close() -> None:
         _python.popitem()[1].close()
 
 
-def _imports(directory: Path) -> list[str]:
-    """The import statements of an example's files, Metaflow's last."""
-    own = {path.stem for path in directory.glob("*.py")} | {"__future__"}
+def _imports(script: Path) -> list[str]:
+    """The import statements, Metaflow's last: all of an example's, those at the top of a script."""
+    example = script.name == "flow.py"
+    own = {path.stem for path in script.parent.glob("*.py")} | {"__future__"}
     found: dict[str, None] = {}
-    for path in sorted(directory.glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path in sorted(script.parent.glob("*.py")) if example else [script]:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree) if example else tree.body:
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if names and not {name.partition(".")[0] for name in names} & own:
@@ -119,7 +123,8 @@ def serve(address: str, main: str, imports: list[str]) -> None:
     do_imports([*(name for name in imports if name not in of_metaflow), module])
     if of_metaflow:
         if "metaflow" in sys.modules:
-            raise SystemExit("an import of the example's imports Metaflow, which not every start may have imported")
+            Path(f"{address}{stand_in.FAILED}").touch()
+            raise SystemExit("an import other than Metaflow's imports Metaflow, which not every start may have")
         if os.fork() == 0:
             address += stand_in.WITH_METAFLOW
             do_imports(of_metaflow)
@@ -199,13 +204,14 @@ def run(main, streams: list[int], request: dict, late: Path) -> None:
     """The command itself, as if it had just been started."""
     # by its file: to a project that was copied out, importing the gallery's package is an error
     runpy.run_path(str(Path(__file__).parent.parent / "common/process.py"))["die_with_parent"]()
-    code, imported = 1, set(sys.modules)
+    code, imported, seen = 1, set(sys.modules), None
     try:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update({**_by_imports, **request["env"]})
+        seen = stand_in.seen_by_imports(os.environ)
         sys.argv = request["argv"]
         main()
         code = 0
@@ -216,8 +222,9 @@ def run(main, streams: list[int], request: dict, late: Path) -> None:
     finally:
         threading._shutdown()  # waits for threads, as the end of any process does
         atexit._run_exitfuncs()
-        with contextlib.suppress(OSError):  # when everything ends, its directory may be gone
-            note_imports(late, imported)
+        if stand_in.seen_by_imports(os.environ) == seen:  # else they may have seen what was set in the meantime
+            with contextlib.suppress(OSError):  # when everything ends, its directory may be gone
+                note_imports(late, imported)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -236,7 +243,12 @@ def script() -> None:
         sys.modules["numpy"].random.seed()
     if "torch" in sys.modules:
         sys.modules["torch"].seed()
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    # Metaflow puts some of its classes there when it is imported, to be found by pickle
+    by_metaflow = {name: value for name, value in vars(sys.modules["preforked"]).items() if name not in _OWN}
+    runpy.run_path(sys.argv[0], by_metaflow, run_name="__main__")
+
+
+_OWN = {*globals(), "_OWN"}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import time
 _PREFIXES = ("PYTHONPATH", "PYTHONHASHSEED", "HF_", "TRANSFORMERS_", "KERAS_", "TF_", "OMP_", "MKL_", "CUDA_", "TORCH_")
 # what Metaflow tells its tasks about themselves; the rest of METAFLOW_* is configuration, which it reads when imported
 _OF_A_TASK = ("METAFLOW_RUN_ID", "METAFLOW_CHECKPOINT_TASK_IDENTIFIER", "METAFLOW_CHECKPOINT_UID")
+FAILED = "-failed"  # ends the name of the file that says that nobody will listen
 WITH_METAFLOW = "-metaflow"  # ends the address of the process that has imported Metaflow, too
 
 
@@ -40,7 +41,11 @@ def ask(address: str) -> None:
             server.connect(address)
             break
         except (FileNotFoundError, ConnectionRefusedError):
+            if os.access(address.removesuffix(WITH_METAFLOW) + FAILED, os.F_OK):
+                sys.exit("the process that should have done the imports could not, see above")
             time.sleep(0.1)  # it is still importing
+    else:
+        sys.exit("the process that does the imports takes too long, or has died")
     cwd = os.getcwd()  # noqa: PTH109 - pathlib takes longer to import than all the rest
     request = json.dumps({"argv": sys.argv, "cwd": cwd, "env": dict(os.environ)}).encode()
     socket.send_fds(server, [len(request).to_bytes(8, "little")], [0, 1, 2])

@@ -291,6 +291,7 @@ def test_a_gang_fails_in_every_way_and_ends_the_same(gangs):
     assert not [card for card in flow.cards("train", "blank-training-*") if "_node_1" in str(card)], "an empty one"
 
 
+@pytest.mark.slow  # two nodes do the same in the ordinary suite, at the size of a test
 def test_four_nodes_learn():
     """The documented command, in full: four nodes, the default parameters."""
     run = run_flow(EXAMPLE, "--cluster-size", "4", timeout=900)

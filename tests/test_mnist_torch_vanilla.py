@@ -99,7 +99,8 @@ class PlainRun:
 
     def __init__(self, *arguments: str, when: dict[str, Callable[[int], None]] | None = None) -> None:
         self.cwd = Path(tempfile.mkdtemp(dir=os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"]))
-        command = [python_of(EXAMPLE.path), str(EXAMPLE.path / "plain_flow.py"), *arguments, "--run-id-file", "run_id"]
+        script = EXAMPLE.path / "plain_flow.py"
+        command = [python_of(script), str(script), *arguments, "--run-id-file", "run_id"]
         flow = subprocess.Popen(
             command, cwd=self.cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
         )

@@ -15,8 +15,11 @@ import atexit, os, random, signal, sys, time
 from pathlib import Path
 print(Path(sys.argv[0]).name, sys.argv[1:], sys.path[0], os.getcwd(), os.environ["GIVEN"], "decimal" in sys.modules)
 print(random.random())
+if sys.argv[1] == "set":
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:1"
+    __import__("plistlib")
 if sys.argv[1] == "imported":
-    print([name for name in ("metaflow", "decimal", "zipapp") if name in sys.modules])
+    print([name for name in ("metaflow", "decimal", "zipapp", "plistlib") if name in sys.modules])
     __import__("zipapp")
 if sys.argv[1] == "exit":
     atexit.register(print, "at exit")
@@ -36,7 +39,7 @@ def python(tmp_path_factory):
     directory = tmp_path_factory.mktemp("example")
     (directory / "train.py").write_text("import decimal\nimport this_does_not_exist\nfrom metaflow import FlowSpec\n")
     (directory / "flow.py").write_text(SCRIPT)
-    yield preforked.python_of(directory), directory
+    yield preforked.python_of(directory / "flow.py"), directory
     preforked.close()
 
 
@@ -85,6 +88,7 @@ def test_what_it_has_imported(python):
     def imported(**env):
         return start(python, "imported", **env).communicate()[0].splitlines()[-1]
 
+    start(python, "set").wait()  # what it imports late may have seen what it set
     assert [imported(), imported()] == ["['metaflow', 'decimal']", "['metaflow', 'decimal', 'zipapp']"]
     assert imported(METAFLOW_RUN_ID="1") == "['metaflow', 'decimal', 'zipapp']", "it is not configuration"
     other = {"METAFLOW_DEFAULT_DATASTORE": "s3"}

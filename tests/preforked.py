@@ -1,9 +1,10 @@
 """A command that takes long to import, started many times: imported once, then forked for each start.
 
-A flow is a dozen processes, each of which imports its framework for seconds before it does something; two thirds of the
-suite's time were that. So the flows of the tests run on a ``python`` that has it imported already (:func:`python_of`).
-Everything else is as it is: every task is a process of its own, with its own random states, that dies by SIGKILL. The
-uninterrupted run of an example, which the others are compared with, takes the real python.
+A flow is dozens of processes, each of which imports Metaflow, and some their framework for seconds, before they do
+something; most of the suite's time was that. So the flows of the tests run on a ``python`` that has done its imports
+already (:func:`python_of`), also those that an earlier start turned out to do late.
+Everything else is as it is: every task is a process of its own, with its own random states, that dies by SIGKILL.
+Gangs take the real python, and so does, with ``--all``, the uninterrupted run that the others are compared with.
 
 ``Preforked`` puts a stand-in of the command's name into a directory for the PATH. The stand-in hands its arguments,
 directory, environment and standard streams to the process that has imported the real command, waits for the fork that
@@ -66,7 +67,7 @@ class Preforked:
 
 
 _by_imports: dict[str, str] = {}  # what the imports have put into the environment
-_python: dict[str, Preforked] = {}  # of the example whose tests are running
+_python: dict[tuple[Path, str], Preforked] = {}  # of the script that was asked for last, for each environment
 
 
 def python_of(script: Path, env: Mapping[str, str] = os.environ) -> str:
@@ -79,9 +80,10 @@ def python_of(script: Path, env: Mapping[str, str] = os.environ) -> str:
     script = flow if flow.exists() else script
     if "num_parallel" in script.read_text():
         return sys.executable
-    key = json.dumps([str(script), stand_in.seen_by_imports(env), stand_in.seen_by_metaflow(env)])
+    key = script, json.dumps([stand_in.seen_by_imports(env), stand_in.seen_by_metaflow(env)])
     if key not in _python:
-        close()
+        if script not in {other for other, _ in _python}:
+            close()
         _python[key] = Preforked("python", "preforked:script", _imports(script), env)
     return str(_python[key].directory / "python")
 

@@ -93,3 +93,12 @@ def test_what_it_has_imported(python):
     assert imported(METAFLOW_RUN_ID="1") == "['metaflow', 'decimal', 'zipapp']", "it is not configuration"
     other = {"METAFLOW_DEFAULT_DATASTORE": "s3"}
     assert [imported(**other), imported(**other)] == ["['decimal']", "['decimal', 'zipapp']"]
+
+
+def test_it_says_so_when_it_cannot_import(tmp_path):
+    """A module that imports Metaflow by itself would hide its configuration from the starts that have another one."""
+    script = tmp_path / "flow.py"
+    script.write_text("from common import metaflow_store\nfrom metaflow import FlowSpec\n")
+    done = subprocess.run([preforked.python_of(script), script], capture_output=True, text=True, timeout=100)
+    preforked.close()
+    assert done.returncode == 1 and "could not, see above" in done.stderr

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,7 @@ import sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 import common.foreign, test_llama_factory
+common.foreign._MARK = {mark!r}
 {sabotage}
 test_llama_factory.watch(Path("."), sys.argv[1])
 """
@@ -184,7 +186,8 @@ def lives(pid: int) -> bool:
 )
 def test_nothing_of_a_killed_task_lives_on(tmp_path, sabotage, orphans):
     """The program dies with its task; a worker that it has started, at the latest when the next attempt starts."""
-    code = ATTEMPT.format(path=[str(REPO / "tests")], sabotage=sabotage)
+    mark = f"OF_{uuid.uuid4().hex}"  # of its own: a test beside this one ends the orphans it finds, too
+    code = ATTEMPT.format(path=[str(REPO / "tests")], mark=mark, sabotage=sabotage)
     with subprocess.Popen([sys.executable, "-c", code, "hang after 3"], cwd=tmp_path) as task:
         deadline = time.monotonic() + 60
         while not (found := list(tmp_path.rglob("worker"))) or not found[0].read_text():

@@ -59,7 +59,7 @@ def run(scripts):
             began, file = time.monotonic(), folder / f"{script}.json"
             subprocess.run([sys.executable, HERE / script, *options, "--json", file], cwd=folder, env=environment,
                            check=True)  # fmt: skip
-            rows += [{**row, "script": script} for row in json.loads(file.read_text())]
+            rows += [{**row, "script": script.removesuffix(".py")} for row in json.loads(file.read_text())]
             print(f"    {time.monotonic() - began:.0f} s", flush=True)
     return rows
 
@@ -155,8 +155,7 @@ def compare(rows):
     if not suspects:
         return
     names = {(row["what"], row["against"]) for row, _ in suspects}
-    scripts = {row["script"] for row, _ in suspects}
-    again = run({script: options for script, options in chosen(quick=False).items() if script in scripts})
+    again = run(chosen(quick=False, only={row["script"] for row, _ in suspects}))
     proven, _ = worse([row for row in again if (row["what"], row["against"]) in names])
     print(f"{len(proven)} of these {len(suspects)} when measured again with all rounds")
     for row, old in proven:

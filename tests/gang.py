@@ -19,6 +19,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import preforked
+
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -158,9 +160,7 @@ def run(module: Any, scenario: dict[str, Any]) -> dict[str, Any]:
         exits.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
         seconds.append(time.monotonic() - began)
     if (directory / "modules.json").exists():  # what a training imports late is imported here, once for the rest
-        for name in set(json.loads((directory / "modules.json").read_text())) - set(sys.modules):
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
+        preforked.do_imports(sorted(set(json.loads((directory / "modules.json").read_text())) - set(sys.modules)))
     ids = [
         [(directory / f"ids-{number}-{rank}").read_text().split("\n")[:-1] for rank in range(attempt["ranks"])]
         for number, attempt in enumerate(scenario["attempts"])

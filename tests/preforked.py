@@ -2,9 +2,9 @@
 
 A flow is dozens of processes, each of which imports Metaflow, and some their framework for seconds, before they do
 something; most of the suite's time was that. So the flows of the tests run on a ``python`` that has done its imports
-already (:func:`python_of`), also those that an earlier start turned out to do late.
-Everything else is as it is: every task is a process of its own, with its own random states, that dies by SIGKILL.
-Gangs take the real python, and so does, with ``--all``, the uninterrupted run that the others are compared with.
+already (:func:`python_of`), also those that an earlier start turned out to do late. Everything else is as it is: every
+task is a process of its own, with its own random states, that dies by SIGKILL. Gangs take the real python, and so does,
+with ``--all``, the uninterrupted run that the others are compared with.
 
 ``Preforked`` puts a stand-in of the command's name into a directory for the PATH. The stand-in hands its arguments,
 directory, environment and standard streams to the process that has imported the real command, waits for the fork that

@@ -35,16 +35,11 @@ def test_a_copy_tests_itself(example: Example, tmp_path, hostile, pytestconfig):
     """Its own test kills and resumes it, in this environment, where the gallery is installed but out of reach."""
     if example.name not in QUICK and not pytestconfig.getoption("--all"):
         pytest.skip("a copy of every example: run with --all")
-    done = copy_out(example.name, tmp_path / "my_project")
+    project = tmp_path / "my_project"
+    done = copy_out(example.name, project)
     assert done.returncode == 0, done.stderr
-    line = [
-        python_of(tmp_path / "my_project" / "flow.py", hostile),
-        pytest_main.__file__,
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run(line, cwd=tmp_path / "my_project", env=hostile, capture_output=True, text=True, timeout=600)
+    line = [python_of(project / "flow.py", hostile), pytest_main.__file__, "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(line, cwd=project, env=hostile, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:]
     assert "1 passed" in done.stdout
 

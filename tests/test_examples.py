@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gallery import REPO, Example, FlowRun, Scenario, Trainings, run_flow
+from gallery import Example, FlowRun, Scenario, Trainings, run_flow
 from preforked import python_of
 
 KILLED = -signal.SIGKILL
@@ -80,13 +80,14 @@ def test_asked_to_stop(example: Example, trainings: Trainings) -> None:
 def test_train_runs_without_metaflow(example: Example, tmp_path: Path) -> None:
     """``python train.py`` in a world where metaflow cannot be imported. A second start, anywhere, has nothing to do."""
     script = example.path / ("generate.py" if (example.path / "generate.py").exists() else "train.py")
-    env = {**os.environ, "METAFLOW_HOME": str(tmp_path)}  # another configuration: metaflow is not imported beforehand
-    for runner, expected in (
-        ([REPO / "tests/without_metaflow.py"], "starts at step 0"),
-        ([], "all steps are done, --fresh starts anew"),
+    (tmp_path / "block" / "metaflow").mkdir(parents=True)
+    (tmp_path / "block" / "metaflow" / "__init__.py").write_text("raise ImportError('metaflow is out of reach')\n")
+    for python, path, expected in (
+        (sys.executable, str(tmp_path / "block"), "starts at step 0"),
+        (python_of(script), "", "all steps are done, --fresh starts anew"),
     ):
-        line = [python_of(script), *runner, script]
-        done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+        env = {**os.environ, **({"PYTHONPATH": path} if path else {})}
+        done = subprocess.run([python, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert expected in done.stdout, done.stdout[-3000:]
 

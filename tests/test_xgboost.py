@@ -282,18 +282,17 @@ def test_bad_configurations(module, bad):
 @pytest.mark.slow  # how often it is interrupted depends on the machine; alarm@step tests @timeout exactly
 def test_the_story_of_the_documentation(module, tmp_path):
     """@timeout(seconds=15) interrupts the training, @retry starts it again, and all rounds are there at the end."""
-    began = time.perf_counter()
+    began = time.process_time()  # not the clock's: what runs beside it now may be gone later
     with CheckpointManager(tmp_path, save_every=10) as checkpoints:
         module.train(module.TrainConfig(rounds=1000, patience=0), checkpoints)
-    # the time grows with the square of the rounds. An attempt has about 11 seconds for them: one is not enough
-    # on a machine that has become twice as fast since, and five are on one that has become 2.5 times slower
-    rounds = round(1000 * (22 / (time.perf_counter() - began)) ** 0.5)
+    # it grows with less than the square of the rounds: these take 35 to 40 seconds, and each of five attempts has 12
+    rounds = round(1000 * (60 / (time.process_time() - began)) ** 0.5)
     run = run_flow(
         Example(REPO / "xgboost"), "--rounds", str(rounds), "--patience", "0", "--with", "timeout:seconds=15"
     )
     ends = [event.get("message", "") for event in run.events() if event["event"] == "ended"]
-    assert len(ends) >= 2 and all("@timeout" in message for message in ends[:-1]), run.output[-3000:]
-    assert run.data.resumed_from and sorted(set(run.data.resumed_from)) == run.data.resumed_from
+    assert len(ends) >= 3 and all("@timeout" in message for message in ends[:-1]), run.output[-3000:]
+    assert len(run.data.resumed_from) >= 2 and sorted(set(run.data.resumed_from)) == run.data.resumed_from
     assert [record["step"] for record in run.data.history] == list(range(1, rounds + 1))
 
 

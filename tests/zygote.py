@@ -4,7 +4,6 @@ The first line of standard input names the example; each further line is a scena
 only imports: a framework that has computed anything must not be forked.
 """
 
-import contextlib
 import gc
 import hashlib
 import importlib
@@ -15,6 +14,8 @@ import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
+
+import preforked
 
 
 def sabotage(name: str) -> None:
@@ -132,9 +133,7 @@ def run(module: Any, options: dict[str, Any], scenario: dict[str, Any]) -> dict[
                 os._exit(code)
         exits.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     if (directory / "modules.json").exists():  # what a training imports late is imported here, once for the rest
-        for name in set(json.loads((directory / "modules.json").read_text())) - set(sys.modules):
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
+        preforked.do_imports(sorted(set(json.loads((directory / "modules.json").read_text())) - set(sys.modules)))
     result = directory / "result.json"
     return {
         "exits": exits,

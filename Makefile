@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { command -v $$p; break; }; done)
 
 UV := .uv/bin/uv
+# compiled at once: where PYTHONDONTWRITEBYTECODE is set, as in many images, every start would compile anew
 INSTALL := $(UV) pip install --quiet --compile-bytecode --constraint constraints.txt
 EXAMPLES := $(patsubst %/example.toml,%,$(wildcard */example.toml))
 # examples whose requirements contradict the others' bring their own constraints.txt
@@ -15,7 +16,7 @@ SHARED := $(filter-out $(OWN),$(EXAMPLES))
 EX ?=
 ALL ?=
 
-.PHONY: help demo test test-all bench bench-quick bench-check example copy new lint constraints clean
+.PHONY: help env demo test test-all bench bench-quick bench-check example copy new lint constraints clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,12 +47,14 @@ help:  ## this list
 		--constraint $(if $(wildcard $*/constraints.txt),$*/constraints.txt,constraints.txt) -r requirements-test.txt
 	@touch $@
 
+env: .venv/ready  ## everything that the examples need, in .venv: to type commands yourself
+
 demo: .venvs/mnist_torch_vanilla/ready  ## train, kill it mid-epoch, resume, show that nothing was lost
 	@PATH="$(CURDIR)/.venvs/mnist_torch_vanilla/bin:$$PATH" python tools/demo.py
 
 ifdef EX
 test: .venvs/$(EX)/test-ready  ## run the suite; with EX=name only that example, in its own environment
-	@PATH="$(CURDIR)/.venvs/$(EX)/bin:$$PATH" pytest -n 3 --dist loadgroup $(ALL) --example $(EX) tests/test_examples.py \
+	@PATH="$(CURDIR)/.venvs/$(EX)/bin:$$PATH" pytest -n 2 --dist loadgroup $(ALL) --example $(EX) tests/test_examples.py \
 		tests/test_copy.py::test_a_copy_tests_itself $(wildcard tests/test_$(EX).py)
 else
 test: .venv/ready $(OWN:%=.venvs/%/test-ready)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import Row, quiet, report, timed
+from measure import Row, least, quiet, report, timed
 
 import common
 
@@ -22,7 +22,8 @@ def row(framework, ours, theirs, own_callback):
     # the first saves allocate
     values = {"common": statistics.median(ours[2:]) * 1000, own_callback: statistics.median(theirs[2:]) * 1000}
     ratio = values["common"] / values[own_callback]
-    return Row(f"{framework}: blocked by a save", own_callback, ratio, 1.0, values)
+    spread = least(ours[2:], theirs[2:])
+    return Row(f"{framework}: blocked by a save", own_callback, ratio, 1.0, values, least=spread)
 
 
 def keras(saves, width):

@@ -4,10 +4,12 @@ python benchmarks/card.py run --seconds 240
 
 One training in a Metaflow task, in blocks of four seconds: in every other block its card is drawn and refreshed once a
 second, as in any example. Neighbouring blocks are compared, so that what else the machine does counts on both sides.
-Three figures: wall time of a step; its CPU time, in which a busy machine shows less; and the share of the time in which
-the card's thread runs, which is what it can take from the training thread at most.
+Four figures: wall time of a step; its CPU time, in which a busy machine shows less; the share of the time in which
+the card's thread runs, which is what it can take from the training thread at most; and what a refresh costs there,
+beside the process that Metaflow would start for it.
 """
 
+import resource
 import statistics
 import tempfile
 import threading
@@ -16,8 +18,14 @@ import time
 from metaflow import FlowSpec, Parameter, card, current, step
 
 import common
+import common.metaflow_card
 
 BLOCK, SETTLE = 4.0, 2.0  # seconds
+
+
+def cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 class CardBenchmark(FlowSpec):
@@ -66,6 +74,16 @@ class CardBenchmark(FlowSpec):
                   f"(quartiles {middle[0]:+.2%} to {middle[2]:+.2%}, {len(ratios)} pairs)")  # fmt: skip
         share = used[0] / (sum(block[0] for block in blocks) * (BLOCK + SETTLE))
         print(f"the card's thread runs {share:.2%} of the time; {draws[0]} refreshes, {state.step} steps")
+        here, theirs = [], []
+        for _ in range(7):
+            began = time.thread_time()
+            common.metaflow_card.refresh_now(current.card["training"])
+            here.append(time.thread_time() - began)
+            began = cpu_of_children()
+            type(current.card["training"])._card_proc(current.card["training"], "refresh", sync=True)
+            theirs.append(cpu_of_children() - began)
+        print(f"a refresh takes {statistics.median(here) * 1000:.2g} ms of a core on that thread, "
+              f"{statistics.median(theirs) * 1000:.0f} ms in the process that Metaflow starts for it")  # fmt: skip
         self.next(self.end)
 
     @step

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import Row, medians, model_and_adam, quiet, report, save_today, take_turns, tensors
+from measure import Row, least, medians, model_and_adam, quiet, report, save_today, take_turns, tensors
 from metaflow import FlowSpec, Parameter, checkpoint, current, delete_model, step
 
 import common
@@ -107,19 +107,23 @@ class CostBenchmark(FlowSpec):
                     "today": block("today", today_and_keep_two)}  # fmt: skip
             seconds = take_turns(ways, self.rounds)
         # neighbours in time are compared, so that what else the machine does counts on both sides
-        slower = {name: statistics.median(b / a - 1 for a, b in zip(seconds["none"], seconds[name], strict=True))
+        slowdowns = {name: [b / a - 1 for a, b in zip(seconds["none"], seconds[name], strict=True)]
+                     for name in ("common", "today")}  # fmt: skip
+        extras = {name: [b / a - 1 for a, b in zip(cpu["none"][1:], cpu[name][1:], strict=True)]
                   for name in ("common", "today")}  # fmt: skip
-        extra = {name: statistics.median(b / a - 1 for a, b in zip(cpu["none"][1:], cpu[name][1:], strict=True))
-                 for name in ("common", "today")}  # fmt: skip
+        slower = {name: statistics.median(values) for name, values in slowdowns.items()}
+        extra = {name: statistics.median(values) for name, values in extras.items()}
         values = {**{f"{name} slowdown %": slower[name] * 100 for name in slower},
                   **{f"{name} extra CPU %": extra[name] * 100 for name in extra},
                   "interval ms": 1000 * interval * statistics.median(seconds["none"]) / steps}  # fmt: skip
         spare = "one spare core" if threads == 1 else "no spare core"
         what = f"slowdown of a loop that saves {self.megabytes} MB, {spare}"
         rows = [
-            Row(what, "today's slowdown", slower["common"] / slower["today"], goal, values),
-            Row(f"extra CPU of that loop, {spare}", "today's", extra["common"] / extra["today"], 1.0, values),
-        ]
+            Row(what, "today's slowdown", slower["common"] / slower["today"], goal, values,
+                least=least(slowdowns["common"], slowdowns["today"])),
+            Row(f"extra CPU of that loop, {spare}", "today's", extra["common"] / extra["today"], 1.0, values,
+                least=least(extras["common"], extras["today"])),
+        ]  # fmt: skip
         if threads == 1:
             rows.insert(0, Row(what, "no checkpoints", slower["common"] * 100, 3.0, values, " %"))
         return rows

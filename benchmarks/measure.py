@@ -11,7 +11,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ class Row:
         goal: ``ratio`` should be at most this.
         values: medians behind it, for instance milliseconds of each way.
         unit: of ``ratio`` and ``goal``: ``"x"`` for a ratio.
+        least: what ``ratio`` may as well have been, see :func:`least`; on a restless machine far below it. None:
+            there is one measurement only.
     """
 
     what: str
@@ -38,6 +40,7 @@ class Row:
     goal: float
     values: dict[str, float]
     unit: str = "x"
+    least: float | None = None
 
     @property
     def met(self) -> bool:
@@ -79,10 +82,19 @@ def medians(seconds: Mapping[str, list[float]], factor: float = 1000.0) -> dict[
     return {name: statistics.median(values) * factor for name, values in seconds.items()}
 
 
+def least(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The ratio of the lower quartile of ours to the upper quartile of theirs."""
+    lower, upper = (statistics.quantiles(values, n=4, method="inclusive") for values in (ours, theirs))
+    return lower[0] / upper[2]
+
+
 def versus(what: str, seconds: Mapping[str, list[float]], ours: str, goals: Mapping[str, float]) -> list[Row]:
     """A row for each way that ``ours`` is compared with."""
     values = medians(seconds)
-    return [Row(what, other, values[ours] / values[other], goal, values) for other, goal in goals.items()]
+    return [
+        Row(what, other, values[ours] / values[other], goal, values, least=least(seconds[ours], seconds[other]))
+        for other, goal in goals.items()
+    ]
 
 
 def report(rows: list[Row], file: str | None) -> None:

@@ -62,7 +62,7 @@ class CifarDistributedFlow(FlowSpec):
             keep = {
                 "save_every": self.save_every,
                 "keep_best": ["val_loss", "min"],
-                "resume_from": self.resume_from or common.torchrun.origin(),
+                "resume_from": common.torchrun.origin() or self.resume_from,
                 "allow_changes": self.allow_changes,
                 "exact": self.exact,
                 "card": f"{output}/card.jsonl",
@@ -83,6 +83,7 @@ class CifarDistributedFlow(FlowSpec):
                 self.classifier = current.model.save(str(Path(output) / "model"), label="cifar_distributed")
         self.next(self.join)
 
+    @retry(times=4, minutes_between_retries=0)
     @step
     def join(self, nodes):
         control, *_ = [node for node in nodes if hasattr(node, "classifier")]
@@ -91,14 +92,16 @@ class CifarDistributedFlow(FlowSpec):
         self.next(self.test)
 
     @card(type="blank")
+    @retry(times=4, minutes_between_retries=0)
     @model(load="classifier")  # by the artifact's name
     @step
     def test(self):
         from metaflow.cards import Markdown
-        from train import TrainConfig, accuracy_per_class
+        from train import TrainConfig, right_per_class
 
-        self.accuracies = accuracy_per_class(current.model.loaded["classifier"], TrainConfig(**self.config))
-        self.accuracy = sum(self.accuracies) / len(self.accuracies)
+        right, total = right_per_class(current.model.loaded["classifier"], TrainConfig(**self.config))
+        self.accuracies = [part / whole for part, whole in zip(right, total, strict=True)]
+        self.accuracy = sum(right) / sum(total)
         current.card.append(Markdown(f"# {self.accuracy:.2%} of the test images are right"))
         current.card.append(
             common.report.bars({str(n): a for n, a in enumerate(self.accuracies)}, "accuracy per class")

@@ -6,12 +6,15 @@ torchrun --nproc_per_node 2 train.py          # two processes, the same global b
 
 import math
 import os
+import socket
 import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import chain, islice, repeat
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -68,7 +71,10 @@ def to_tensor(images) -> torch.Tensor:
 
 
 class AugmentedImages(Dataset):
-    """Shifts each image by up to two pixels, mirrors photographs. A pure function of (seed, epoch, index)."""
+    """Shifts each image by up to two pixels, mirrors photographs. A pure function of (seed, epoch, index).
+
+    Workers of the loader must not persist: they would keep their first copy of it, whose epoch never changes.
+    """
 
     def __init__(self, images, labels, config: TrainConfig):
         self.images = F.pad(torch.from_numpy(images), (0, 0, 2, 2, 2, 2))  # (samples, 36, 36, 3), uint8
@@ -128,14 +134,14 @@ def evaluate(model: nn.Module, images, labels, device) -> dict[str, float]:
 
 
 @torch.no_grad()
-def accuracy_per_class(model_path: str, config: TrainConfig) -> list[float]:
-    """Load a saved model; return which share of each class of the test images it gets right."""
+def right_per_class(model_path: str, config: TrainConfig) -> tuple[list[int], list[int]]:
+    """Load a saved model; return how many test images of each class it gets right, and how many there are."""
     model = build_model(config).eval()
     model.load_state_dict(load_file(Path(model_path) / "model.safetensors"))
     data = load_data(config)
     guesses = torch.cat([model(to_tensor(part)).argmax(1) for part in torch.from_numpy(data.test_images).split(250)])
-    right = guesses.numpy() == data.test_labels
-    return [float(right[data.test_labels == label].mean()) for label in range(10)]
+    right = data.test_labels[guesses.numpy() == data.test_labels]
+    return np.bincount(right, minlength=10).tolist(), np.bincount(data.test_labels, minlength=10).tolist()
 
 
 def join_gang(timeout: float) -> None:
@@ -150,18 +156,37 @@ def join_gang(timeout: float) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout + 10))
 
 
+def choose_device() -> torch.device:
+    """This rank's own GPU if every rank of the gang has one, or else the CPU: NCCL refuses two ranks on one GPU.
+
+    LOCAL_RANK counts the ranks of a node; on a laptop several nodes share one machine and its GPUs.
+    """
+    rank, places = dist.get_rank(), [("", 0)] * dist.get_world_size()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    dist.all_gather_object(places, (socket.gethostname(), gpus))
+    if any(places.count(place) > place[1] for place in places):
+        if gpus and rank == 0:
+            print(f"[gang] {len(places)} ranks have no GPU each: they train on the CPU", flush=True)
+        return torch.device("cpu")
+    device = torch.device("cuda", places[:rank].count(places[rank]))
+    torch.cuda.set_device(device)
+    return device
+
+
 def train(config: TrainConfig, checkpoints: DistributedCheckpointManager) -> TrainResult:
     if not dist.is_initialized():
         join_gang(timeout=300)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     config.check_ranks(ranks)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    device = choose_device()
     seed_everything(config.seed)
     data = load_data(config)
     dataset = AugmentedImages(data.train_images, data.train_labels, config)
     sampler = ResumableSampler(len(dataset), config.seed, rank=rank, world_size=ranks)
     loader = DataLoader(dataset, config.batch_size // ranks, sampler=sampler, generator=torch.Generator())
-    total_steps = config.epochs * math.ceil(len(dataset) / config.batch_size)
+    steps_per_epoch = math.ceil(len(dataset) / config.batch_size)
+    total_steps = config.epochs * steps_per_epoch
+    nothing = torch.empty(0, 3, 32, 32), torch.empty(0, dtype=torch.int64)
 
     model = build_model(config).to(device)
     parallel = DistributedDataParallel(model)
@@ -180,7 +205,8 @@ def train(config: TrainConfig, checkpoints: DistributedCheckpointManager) -> Tra
         dataset.epoch = epoch
         sampler.set_epoch(epoch, start=state.step_in_epoch * config.batch_size)  # counted over all ranks
         model.train()
-        for images, labels in loader:
+        # all ranks make the same steps: the last batch of an epoch may have fewer images than there are ranks
+        for images, labels in islice(chain(loader, repeat(nothing)), steps_per_epoch - state.step_in_epoch):
             images, labels = images.to(device), labels.to(device)
             count = min(config.batch_size, len(dataset) - state.step_in_epoch * config.batch_size)  # of all ranks
             loss = F.cross_entropy(parallel(images), labels, reduction="sum") / count  # this rank's part of the mean

@@ -160,15 +160,21 @@ def show(target: str, as_json: bool) -> None:
 def verify(target: str, as_json: bool) -> None:
     with waiting():
         place, found = commands.find(target)
-    results: list[dict[str, Any]] = []
+    results: list[tuple[Checkpoint, dict[str, Any]]] = []
     with progress("verifying", sum(item.size or 0 for item in found)) as tick:
         for item in found:
-            faults = commands.check(place, item, tick)
-            results.append({**item.plain(), "valid": None if faults is None else not faults, "faults": faults or []})
-    bad = sum(result["valid"] is False for result in results)
+            try:
+                faults = commands.check(place, item, tick)
+            except commands.Deleted:
+                line = f"{item.task}  {item.label}  was deleted by its training meanwhile"
+                err.print(line, markup=False, soft_wrap=True)
+                continue
+            valid = None if faults is None else not faults
+            results.append((item, {**item.plain(), "valid": valid, "faults": faults or []}))
+    bad = sum(result["valid"] is False for _, result in results)
     if as_json:
-        say(results)
-    for item, result in zip(found, results, strict=True) if not as_json else ():
+        say([result for _, result in results])
+    for item, result in results if not as_json else ():
         words = {True: ("valid", "green"), False: ("BAD", "bold red"), None: ("no manifest, cannot be told", "yellow")}
         word, style = words[result["valid"]]
         reasons = f": {'; '.join(result['faults'])}" if result["faults"] else ""
@@ -235,8 +241,9 @@ def export(target: str, directory: Path, form: str, part: str) -> None:
     out.print(f"{item.label} of {item.task}: {', '.join(files)} written to {directory}", markup=False)
 
 
-@command("prune", "Delete checkpoints, after showing which.", "Of each task the newest valid one and the named ones "
-         "always stay, and tasks that have not finished are left alone: they may be running, or be resumed.",
+@command("prune", "Delete checkpoints, after showing which.", "Of each task the newest valid one, the best by its own "
+         "keep_best (or by --keep-best) and the named ones always stay, and tasks that have not finished are left "
+         "alone: they may be running, or be resumed.",
          "prune MnistTorchFlow --keep-last 1 --keep-best val_loss:min", "prune MnistTorchFlow --older-than 7d --yes",
          "prune checkpoints/ --keep-last 2", json_option=False)  # fmt: skip
 @click.argument("target")

@@ -4,7 +4,9 @@ import atexit
 import contextlib
 import dataclasses
 import json
+import numbers
 import os
+import re
 import shutil
 import threading
 import time
@@ -12,15 +14,15 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from .encoding import History, decode, encode, plain_json
+from .encoding import History, decode, encode, plain_json, plain_metrics
 from .errors import CheckpointError, ConfigChanged, InvalidCheckpoint, StopRequested, WriteFailed
 from .faults import Faults
 from .manifest import (
-    FILE_NAME,
     FileInfo,
     Manifest,
     check_config,
     check_file,
+    check_names,
     differences,
     environment,
     hash_file,
@@ -30,10 +32,11 @@ from .policy import KeepBest, SaveEvery, to_delete
 from .report import TrainingCard
 from .snapshot import Snapshot, StateFile
 from .stop import StopWatch
-from .store import DirectoryStore, Entry, Store, check_name
+from .store import DirectoryStore, Entry, Listing, Store, check_name, sync
 from .writer import Writer
 
 TENSORS, TREE = "state.safetensors", "state.json"
+_LISTINGS = 10  # how often to look for a valid checkpoint of a run that goes on meanwhile
 
 # names a checkpoint in its store: a dict in Metaflow's, a path in a directory; None: there is none
 Reference = dict[str, Any] | str | os.PathLike[str] | None
@@ -97,18 +100,18 @@ class CheckpointManager:
         save_every: int | str | None = None,
         keep_last: int = 2,
         keep_best: tuple[Any, ...] | None = None,
-        resume_from: str | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
         allow_changes: bool = False,
         exact: bool = False,
         fresh: bool = False,
         card: Any = None,
     ) -> None:
         self._save_every = SaveEvery.parse(save_every)
-        if keep_last < 1:
-            raise CheckpointError(f"keep_last is {keep_last}: at least the newest checkpoint must be kept")
+        if type(keep_last) is not int or keep_last < 1:
+            raise CheckpointError(f"keep_last is {keep_last!r}: a number, and at least the newest checkpoint is kept")
         self._keep_last = keep_last
-        self._keep_best = KeepBest(*keep_best) if keep_best else None
-        self._resume_from = resume_from or None
+        self._keep_best = KeepBest.parse(keep_best)
+        self._resume_from = None if resume_from in (None, "") else str(resume_from)
         self._allow_changes, self._exact = allow_changes, exact
         self._store = _open_store(place, fresh)
         try:
@@ -118,6 +121,8 @@ class CheckpointManager:
         except BaseException:
             self._store.close()
             raise
+        # in this attempt of this task, by an earlier manager
+        self._trained_here = any(event["event"] == "saved" for event in self._events.events)
         self._snapshot = Snapshot()
         self._writer = Writer()
         self._stop = StopWatch()
@@ -132,8 +137,8 @@ class CheckpointManager:
         self._sequence = 0
         self._best: float | None = None
         self._last_save = (time.monotonic(), -1)  # when, and at which step
-        self._saved_position: tuple[int, int] | None = None
-        self._overdue = self._reserved = False
+        self._saved: tuple[Any, ...] | None = None  # the position, length of history and metrics of the last save
+        self._overdue = self._reserved = self._undeletable = self._changed = False
         self._saves = 0
         self._step: int | None = None  # the newest that this attempt has done
         self._blocked, self._blocking_now = 0.0, False  # seconds that saving has kept the training waiting
@@ -150,7 +155,11 @@ class CheckpointManager:
         atexit.register(self._close)
         best = self._keep_best
         rule = {"keep_last": self._keep_last, "keep_best": best and [best.metric, best.mode, best.count]}
-        self._events.add("started", pid=self._pid, where=self._store.where, **rule)
+        try:
+            self._events.add("started", pid=self._pid, where=self._store.where, **rule)
+        except BaseException:
+            self._stop.end()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -176,7 +185,7 @@ class CheckpointManager:
         details: dict[str, Any] = {}
         if error is not None:
             details = {"error": type(error).__name__, "message": str(error).splitlines()[0][:500] if str(error) else ""}
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(WriteFailed, OSError):
             self._events.add("ended", **self._progress(), **details)
         if self._card is not None:
             self._card.close(done=error is None)
@@ -230,7 +239,14 @@ class CheckpointManager:
         entry, tree = chosen
         if not isinstance(tree, dict):
             raise CheckpointError(f"{entry.where} holds files of a framework, not a TrainState")
+        before = _settings(state)
         state.load_state_dict(cast("dict[str, Any]", tree))
+        if self._changed:
+            kept = [f"{name} {now} (not {before[name]})" for name, now in _settings(state).items()
+                    if name in before and before[name] != now]  # fmt: skip
+            if kept:
+                said = f"{', '.join(kept)}; to change it set it after restore()"
+                print(f"[checkpoints] kept as in the checkpoint: {said}", flush=True)
         return True
 
     def restore_files(self, config: Any = None, *, total_steps: int | None = None) -> Path | None:
@@ -250,6 +266,8 @@ class CheckpointManager:
         self, config: Any, total_steps: int | None, read: Callable[[Path, Manifest], Any]
     ) -> tuple[Entry, Any] | None:
         self._check()
+        self._writer.drain()  # in the middle of a training: what it has saved counts
+        self._saved = None
         self._config = _config_dict(config)
         self._environment = environment()
         self._total_steps = total_steps
@@ -259,44 +277,86 @@ class CheckpointManager:
         plain = len(listing.entries) - len(self._entries)
         found = len(self._entries)
         self._sequence = max((entry.sequence for entry in self._entries), default=-1) + 1
-        chosen = self._newest_valid(self._entries, None, rejected, read)
-        source = self._resume_from or self._store.origin()
+        own = self._entries
+        chosen = self._newest_valid(own, None, rejected, lambda _, directory, manifest: read(directory, manifest))
         moved_from: Entry | None = None
-        if chosen is None and source:
-            name, _, step = source.partition("@")
-            if step and not step.isdigit():
-                raise CheckpointError(f"resume_from is {source!r}: write RUN or RUN@STEP, with STEP a number")
-            try:
-                other = self._store.list_other(name)
-            except CheckpointError:
-                if self._resume_from:
-                    raise
-                other = None  # Metaflow's `resume` of a run that died before its first checkpoint
-            if other is not None:
-                rejected += other.faults
-                candidates = [entry for entry in other.entries if entry.managed]
-                found += len(candidates)
-                chosen = self._newest_valid(candidates, int(step) if step else None, rejected, read)
-                if chosen is None and self._resume_from:
-                    steps = ", ".join(str(entry.step) for entry in candidates) or "none"
-                    raise CheckpointError(
-                        f"resume_from is {source!r}: there is no valid checkpoint to continue from. Its steps: {steps}."
-                        + "".join(f"\n  rejected {text}" for text in rejected)
-                    )
-                if chosen is not None:
-                    moved_from = chosen[0]
-                    self._adopt(chosen[0], candidates)
+        # a single one may be all that a kill has left of taking over another run's, which are two
+        if chosen is None or (self._keep_best and len(self._entries) == 1):
+            others, taken = self._newest_of_source(chosen and chosen[0], rejected, read)
+            found += len(others)
+            if taken is not None:
+                chosen, moved_from = taken, taken[0]
+        if chosen is not None and total_steps is not None and chosen[0].step >= total_steps:
+            self._refuse_another_training()
+        self._check_best(chosen[0] if chosen else None, rejected)
         self._damaged = [entry for entry in self._damaged if entry in self._entries]
         self._entries = [entry for entry in self._entries if entry not in self._damaged]
-        if self._keep_best and (ranked := self._keep_best.rank(self._entries)):
-            self._best = self._keep_best.value(ranked[0])
+        self._best = self._best_saved()
         self._say(found, plain, rejected, chosen[0] if chosen else None, moved_from)
         if self._card is not None:
             self._card.start()
         return chosen
 
+    def _newest_of_source(
+        self, own: Entry | None, rejected: list[str], read: Callable[[Path, Manifest], Any]
+    ) -> tuple[list[Entry], tuple[Entry, Any] | None]:
+        """The checkpoints of the run to continue, and the newest valid one, which is this task's own from now on.
+
+        None where that would not change what this task's ``own`` is.
+        """
+        # the run that Metaflow's `resume` continues comes first: it got further than the one that it once continued
+        for source in filter(None, (self._store.origin(), self._resume_from)):
+            name, step = source, ""
+            if "@" in source and not (self._is_directory and Path(source).is_dir()):
+                name, _, step = source.rpartition("@")
+            if step and not re.fullmatch("[0-9]+", step):
+                raise CheckpointError(f"resume_from is {source!r}: write RUN or RUN@STEP, with STEP a number")
+            told = source == self._resume_from and own is None
+            try:
+                other = self._store.list_other(name)
+            except CheckpointError:
+                if told:
+                    raise
+                continue  # it died before its first checkpoint
+            candidates = [entry for entry in other.entries if entry.managed]
+            if own is not None and not _is_half_taken_over(own, candidates, step):
+                continue
+            candidates, taken = self._take_over(name, other, int(step) if step else None, rejected, read)
+            if taken is not None:
+                return candidates, taken
+            if told:
+                steps = ", ".join(str(entry.step) for entry in candidates) or "none"
+                raise CheckpointError(
+                    f"resume_from is {source!r}: there is no valid checkpoint to continue from. Its steps: {steps}."
+                    + "".join(f"\n  rejected {text}" for text in rejected)
+                )
+        return [], None
+
+    def _take_over(
+        self, name: str, listing: Listing, step: int | None, rejected: list[str], read: Callable[[Path, Manifest], Any]
+    ) -> tuple[list[Entry], tuple[Entry, Any] | None]:
+        candidates: list[Entry] = []
+
+        def read_and_adopt(entry: Entry, directory: Path, manifest: Manifest) -> Any:
+            content = read(directory, manifest)
+            self._adopt(entry, directory, manifest, candidates)
+            return content
+
+        faults, taken = list[str](), None
+        for _ in range(_LISTINGS):
+            before, candidates = candidates, [entry for entry in listing.entries if entry.managed]
+            if candidates == before:
+                break  # else that run goes on: it has deleted what was listed, and has a newer one
+            faults = list(listing.faults)
+            taken = self._newest_valid(candidates, step, faults, read_and_adopt)
+            if taken is not None:
+                break
+            listing = self._store.list_other(name)
+        rejected += faults
+        return candidates, taken
+
     def _newest_valid(
-        self, entries: list[Entry], step: int | None, rejected: list[str], read: Callable[[Path, Manifest], Any]
+        self, entries: list[Entry], step: int | None, rejected: list[str], read: Callable[[Entry, Path, Manifest], Any]
     ) -> tuple[Entry, Any] | None:
         for entry in reversed(entries):
             if step is not None and entry.step != step:
@@ -305,7 +365,7 @@ class CheckpointManager:
                 directory = self._store.open(entry)
                 manifest = Manifest.read(directory)
                 self._check_fingerprint(manifest, entry)
-                content = read(directory, manifest)
+                content = read(entry, directory, manifest)
             except InvalidCheckpoint as error:
                 rejected.append(f"step {entry.step} ({error})")
                 self._damaged.append(entry)
@@ -313,13 +373,31 @@ class CheckpointManager:
             return entry, content
         return None
 
+    def _check_best(self, restored: Entry | None, rejected: list[str]) -> None:
+        # a damaged one would keep those that are not as good from being saved, and from being kept
+        if self._keep_best is None or restored is None:
+            return
+        valid = 0
+        for entry in self._keep_best.rank([entry for entry in self._entries if entry not in self._damaged]):
+            if valid == self._keep_best.count:
+                return
+            try:
+                if entry is not restored:
+                    self._store.verify(entry)
+                valid += 1
+            except InvalidCheckpoint as error:
+                rejected.append(f"the best, step {entry.step} ({error})")
+                self._damaged.append(entry)
+
     def _check_fingerprint(self, manifest: Manifest, entry: Entry) -> None:
         where = f"the checkpoint of step {entry.step} ({entry.where})"
         try:
             check_config(manifest, self._config or {}, where)
         except ConfigChanged as error:
             if not self._allow_changes:
+                self._refuse_another_training(error)
                 raise
+            self._changed = True
             print(f"[checkpoints] continuing on purpose: {error}".rpartition("\n")[0], flush=True)
         lines = differences(manifest.environment, self._environment)
         if lines:
@@ -330,22 +408,36 @@ class CheckpointManager:
                 )
             print(f"[checkpoints] warning: {message}; the result may differ in the last bits", flush=True)
 
-    def _adopt(self, chosen: Entry, candidates: list[Entry]) -> None:
-        # the restored state is committed to this task at once, with the best one if that is another
+    def _refuse_another_training(self, cause: Exception | None = None) -> None:
+        if self._trained_here:
+            raise CheckpointError(
+                f"an earlier CheckpointManager has trained in this attempt of {self._store.where}: a second training "
+                "would take the checkpoints of the first for its own. Give each a task of its own (for folds: "
+                "foreach over their numbers); to go on with the first under another configuration say allow_changes."
+            ) from cause
+
+    def _adopt(self, chosen: Entry, directory: Path, manifest: Manifest, candidates: list[Entry]) -> None:
+        # what is restored is committed to this task at once, with the best one if that is another
+        copies = [(manifest, self._copy_of(directory, manifest))]
         best = self._keep_best.rank([e for e in candidates if e.sequence <= chosen.sequence]) if self._keep_best else []
-        for entry in [*(entry for entry in best[:1] if entry != chosen), chosen]:
-            try:
+        for entry in (entry for entry in best[:1] if entry != chosen):
+            with contextlib.suppress(InvalidCheckpoint):  # it is damaged
                 directory = self._store.open(entry)
-                manifest = dataclasses.replace(Manifest.read(directory), sequence=self._sequence)
-                if manifest.config != self._config and self._config is not None:
-                    manifest = dataclasses.replace(manifest, config=self._config)
-                staged = self._store.stage()
-                _copy_verified(directory, manifest, staged)
-            except InvalidCheckpoint:
-                continue  # the best one is damaged; the chosen one was just verified
+                manifest = Manifest.read(directory)
+                copies.insert(0, (manifest, self._copy_of(directory, manifest)))
+        for manifest, staged in copies:
+            config = manifest.config if self._config is None else self._config
+            manifest = dataclasses.replace(manifest, sequence=self._sequence, config=config)
             manifest.write(staged)
             self._entries.append(self._store.commit(staged, manifest))
             self._sequence += 1
+
+    def _copy_of(self, directory: Path, manifest: Manifest) -> Path:
+        staged = self._store.stage()
+        _copy_verified(directory, manifest, staged)
+        for name in manifest.files:
+            sync(staged / name)
+        return staged
 
     def _say(self, found: int, plain: int, rejected: list[str], chosen: Entry | None, moved_from: Entry | None) -> None:
         attempt = self._events.attempt
@@ -417,7 +509,7 @@ class CheckpointManager:
         """Save now. A checkpoint with a ``name`` ([A-Za-z0-9_-]) is never deleted by ``keep_last``."""
         with self._lock, self._blocking():
             self._check()
-            self._save_state(state, _plain_metrics(metrics, state.step), None if name is None else check_name(name))
+            self._save_state(state, plain_metrics(metrics, state.step), None if name is None else check_name(name))
 
     def save_files(
         self,
@@ -442,9 +534,12 @@ class CheckpointManager:
         with self._lock, self._blocking():
             self._check()
             files = sorted(path for path in Path(source).rglob("*") if path.is_file())
+            if not isinstance(cast("object", step), numbers.Integral) or step < 0:
+                raise CheckpointError(f"save_files: step is {step!r}, it must be a number, 0 or more")
+            step = int(step)
             if not files and write is None:
                 raise CheckpointError(f"save_files: {source} is missing or has no files")
-            plain = _plain_metrics(metrics, step)
+            plain = plain_metrics(metrics, step)
             manifest = self._manifest(step, epoch, plain, None if name is None else check_name(name))
             self._writer.drain()
             copied = None if write is None else self._snapshot.copy(tree)
@@ -461,11 +556,10 @@ class CheckpointManager:
                 if write is not None:
                     write(copied, directory)
                 self._faults.in_save(self._saves, step)
-                return {
-                    str(path.relative_to(directory)): hash_file(path)
-                    for path in sorted(directory.rglob("*"))
-                    if path.is_file()
-                }
+                written = sorted(path for path in directory.rglob("*") if path.is_file())
+                for path in written:
+                    sync(path)
+                return {str(path.relative_to(directory)): hash_file(path) for path in written}
 
             self._submit(manifest, staged, finish)
 
@@ -494,6 +588,10 @@ class CheckpointManager:
         """Save and raise StopRequested when a signal, the spot notice or ``@timeout`` asks for it."""
         reason = self._stop.reason()
         if reason is None:
+            if self._stop.may_be_last:  # so that each attempt gets further, by this step at least
+                with self._blocking():
+                    save()
+                    self._writer.drain()
             return
         with self._blocking():
             save()
@@ -541,7 +639,8 @@ class CheckpointManager:
             )
 
     def _epoch_boundary(self, metrics: Mapping[str, Any], save: Callable[[], None], last: bool) -> None:
-        if self._save_every.per_epoch or last or self._is_best(metrics):
+        due = self._save_every.per_epoch or self._save_every.overdue(self._last_save[0])
+        if due or last or self._is_best(metrics):
             with self._blocking():
                 save()
         self.stop_if_asked(save)
@@ -549,7 +648,13 @@ class CheckpointManager:
     def _is_best(self, metrics: Mapping[str, Any]) -> bool:
         if self._keep_best is None:
             return False
-        value = float(metrics[self._keep_best.metric])
+        value = metrics[self._keep_best.metric]
+        try:
+            value = float("" if isinstance(value, str) else value)
+        except (TypeError, ValueError):
+            raise CheckpointError(
+                f"keep_best: the metric {self._keep_best.metric!r} is {value!r}, which is not a number"
+            ) from None
         return self._best is None or (value < self._best if self._keep_best.mode == "min" else value > self._best)
 
     def _manifest(self, step: int, epoch: int | None, metrics: dict[str, Any], name: str | None) -> Manifest:
@@ -568,7 +673,9 @@ class CheckpointManager:
         return manifest
 
     def _save_state(self, state: State, metrics: dict[str, Any], name: str | None = None) -> None:
-        if name is None and self._saved_position == (state.step, state.epoch):
+        position = (state.step, state.epoch, len(state.history))
+        saved = self._saved
+        if name is None and saved and saved[:-1] == position and (not metrics or metrics == saved[-1]):
             return  # nothing has happened since
         self._writer.drain()  # the buffer is in use until then
         tree, arrays = encode(state.state_dict())
@@ -591,7 +698,7 @@ class CheckpointManager:
         self._saves += 1
         number, state_step = self._saves, state.step
         self._submit(manifest, None, write)
-        self._saved_position = (state.step, state.epoch)
+        self._saved = (*position, metrics)
 
     def _stage(self, step: int) -> Path:
         self._saves += 1
@@ -610,22 +717,35 @@ class CheckpointManager:
                 complete = dataclasses.replace(manifest, files=write(directory))
                 complete.write(directory)
                 entry = self._store.commit(directory, complete)
-                self._entries.append(entry)
-                self._stop.saved(time.monotonic() - began)
-                size = sum(info.size for info in complete.files.values())
-                took, blocked = round(time.monotonic() - began, 4), round(self._blocked, 4)
-                self._events.add("saved", step=entry.step, epoch=entry.epoch, metrics=entry.metrics, bytes=size,
-                                 seconds=took, blocked=blocked)  # fmt: skip
-                self._delete_old()
-            except OSError as error:
+            except Exception as error:
                 if directory is not None:
                     shutil.rmtree(directory, ignore_errors=True)
-                raise self._write_failed(manifest.step, error) from error
+                self._saved = None  # whoever frees some space can save this step again
+                self._best = self._best_saved()
+                if isinstance(error, OSError):
+                    raise self._write_failed(manifest.step, error) from error
+                raise
+            self._entries.append(entry)
+            self._stop.saved(time.monotonic() - began)
+            size = sum(info.size for info in complete.files.values())
+            took, blocked = round(time.monotonic() - began, 4), round(self._blocked, 4)
+            self._note("saved", step=entry.step, epoch=entry.epoch, metrics=entry.metrics, bytes=size, seconds=took,
+                       blocked=blocked)  # fmt: skip
+            self._delete_old()
 
         self._writer.submit(job)
         self._last_save = (time.monotonic(), manifest.step)
         if self._keep_best and self._keep_best.metric in manifest.metrics and self._is_best(manifest.metrics):
             self._best = float(manifest.metrics[self._keep_best.metric])
+
+    def _best_saved(self) -> float | None:
+        ranked = self._keep_best.rank(self._entries) if self._keep_best else []
+        return self._keep_best.value(ranked[0]) if self._keep_best and ranked else None
+
+    def _note(self, event: str, **details: Any) -> None:
+        # of what is safe already: that the disk has no room for a line about it is no reason to end a training
+        with contextlib.suppress(WriteFailed, OSError):
+            self._events.add(event, **details)
 
     def _write_failed(self, step: int, error: OSError) -> WriteFailed:
         kept = (
@@ -640,9 +760,17 @@ class CheckpointManager:
         # runs after a commit only, so there is always a newer valid checkpoint than what goes
         doomed = [*self._damaged, *to_delete(self._entries, self._keep_last, self._keep_best)]
         for entry in doomed if self._saves else []:
-            self._store.delete(entry)
             self._entries = [other for other in self._entries if other is not entry]
-            self._events.add("deleted", step=entry.step)
+            try:
+                self._store.delete(entry)
+            except FileNotFoundError:
+                continue  # somebody else did
+            except Exception as error:  # the training goes on, and the next attempt tries again
+                if not self._undeletable:
+                    print(f"[checkpoints] warning: {entry.where} could not be deleted and is left: {error}", flush=True)
+                self._undeletable = True
+                continue
+            self._note("deleted", step=entry.step)
         if self._saves:
             self._damaged = []
 
@@ -742,6 +870,25 @@ class CheckpointManager:
         return target
 
 
+def _settings(state: State) -> dict[str, Any]:
+    """What an optimizer's state brings along beside the state: learning rate, weight decay and such, by name."""
+    objects: Mapping[str, Any] = getattr(state, "objects", {})
+    return {
+        f"{name}.{key}" + (f" of group {number}" if number else ""): value
+        for name, thing in objects.items()
+        for number, group in enumerate(cast("Sequence[dict[str, Any]]", getattr(thing, "param_groups", ())))
+        for key, value in group.items()
+        if isinstance(value, (int, float, tuple))
+    }
+
+
+def _is_half_taken_over(only: Entry, candidates: Sequence[Entry], step: str) -> bool:
+    """Whether ``only``, a task's single checkpoint, is another run's best, which was not yet followed by its newest."""
+    newest = max((entry.step for entry in candidates if not step or entry.step == int(step)), default=-1)
+    same = [entry for entry in candidates if (entry.step, entry.epoch) == (only.step, only.epoch)]
+    return only.step < newest and any(entry.metrics == only.metrics for entry in same)
+
+
 def _open_store(place: Any, fresh: bool) -> Store:
     if isinstance(place, (str, os.PathLike)):
         return DirectoryStore(cast("str | os.PathLike[str]", place), fresh=fresh)
@@ -767,13 +914,19 @@ def _config_dict(config: Any) -> dict[str, Any]:
     return cast("dict[str, Any]", plain)
 
 
-def _plain_metrics(metrics: Mapping[str, Any] | None, step: int) -> dict[str, Any]:
-    return {key: plain_json(value, f"metric {key!r} at step {step}") for key, value in (metrics or {}).items()}
+@contextlib.contextmanager
+def _complete() -> Generator[None]:
+    # a run that is continued while it goes on may have deleted the file just now
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InvalidCheckpoint(f"{Path(error.filename or 'a file').name} is missing") from error
 
 
+@_complete()
 def _read_state(directory: Path, manifest: Manifest) -> dict[str, Any]:
     """Read and verify in one pass: the bytes that are hashed are the bytes that are used."""
-    _check_names(directory, manifest)
+    check_names(directory, manifest)
     if TENSORS not in manifest.files:
         raise CheckpointError(f"the checkpoint of step {manifest.step} holds files of a framework, not a TrainState")
     verify(directory, dataclasses.replace(manifest, files={TREE: manifest.files[TREE]}))
@@ -786,19 +939,10 @@ def _read_state(directory: Path, manifest: Manifest) -> dict[str, Any]:
     return state
 
 
+@_complete()
 def _copy_verified(directory: Path, manifest: Manifest, target: Path) -> None:
-    _check_names(directory, manifest)
+    check_names(directory, manifest)
     for name in manifest.files:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(directory / name, target / name)
     verify(target, manifest)
-
-
-def _check_names(directory: Path, manifest: Manifest) -> None:
-    present = {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
-    missing = set(manifest.files) - present
-    if missing:
-        raise InvalidCheckpoint(f"{sorted(missing)[0]} is missing")
-    extra = present - set(manifest.files) - {FILE_NAME}
-    if extra:
-        raise InvalidCheckpoint(f"{sorted(extra)[0]} does not belong to it")

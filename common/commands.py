@@ -9,11 +9,12 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 
 from .errors import CheckpointError, InvalidCheckpoint
 from .events import Event, parse
-from .manifest import FILE_NAME, Manifest, differences, verify
+from .manifest import FILE_NAME, Manifest, check_names, differences, verify
 from .policy import KeepBest, to_delete
 from .store import DirectoryStore, Entry, entry_of
 from .tensors import Tensor, tensors_of, write_safetensors
@@ -88,6 +89,16 @@ class Checkpoint:
         }
 
 
+class Deleted(CheckpointError):
+    """A checkpoint was deleted while it was read."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(
+            f"{checkpoint.label} of {checkpoint.task} was deleted while it was read: a training that is running keeps "
+            "some of its checkpoints only. Try again"
+        )
+
+
 class Place(Protocol):
     """Where checkpoints are."""
 
@@ -97,6 +108,10 @@ class Place(Protocol):
 
     def open(self, checkpoint: Checkpoint) -> AbstractContextManager[Path]:
         """A directory with its files, to be read only."""
+        ...
+
+    def deleted(self, checkpoint: Checkpoint) -> bool:
+        """Whether it was deleted after it was listed."""
         ...
 
     def running(self, task: str) -> bool:
@@ -113,8 +128,12 @@ class _Directory:
         self._directory, self.faults = directory, list[str]()
         logs = [path for path in (directory / "events").glob("*.jsonl") if path.stem.isdigit()]
         logs.sort(key=lambda path: int(path.stem))
-        self.events = {str(directory): [event for path in logs for event in parse(path.read_text(encoding="utf-8"))]}
-        found = [self._read(path) for path in directory.iterdir() if (path / FILE_NAME).exists() or _is_step(path)]
+        self.events = {str(directory): [event for path in logs for event in parse(path.read_text("utf-8", "replace"))]}
+        found: list[Checkpoint] = []
+        for path in directory.iterdir():
+            if (path / FILE_NAME).exists() or _is_step(path):
+                with suppress(FileNotFoundError):  # the training that is running has just deleted it
+                    found.append(self._read(path))
         self.checkpoints = _explain(sorted(found, key=lambda item: (item.entry.step, item.entry.sequence)), self.events)
 
     def _read(self, path: Path) -> Checkpoint:
@@ -123,6 +142,7 @@ class _Directory:
         try:
             manifest = Manifest.read(path)
         except CheckpointError as error:
+            path.stat()  # it is deleted as a whole
             step = path.name.split("-")[1] if _is_step(path) else -1
             entry = Entry(path.name, str(path), str(path), int(step))
             return Checkpoint(entry, where, None, created, size, fault=str(error))
@@ -134,6 +154,9 @@ class _Directory:
 
     def open(self, checkpoint: Checkpoint) -> AbstractContextManager[Path]:
         return nullcontext(Path(checkpoint.entry.reference))
+
+    def deleted(self, checkpoint: Checkpoint) -> bool:
+        return not Path(checkpoint.entry.reference).exists()
 
     def running(self, task: str) -> bool:
         return False  # whoever writes holds a lock that deleter() asks for
@@ -189,9 +212,10 @@ class _Datastore:
                 Checkpoint(entry, record["pathspec"], record["attempt"], created, record.get("size"), metadata,
                            manifest, fault)
             )  # fmt: skip
-        if any(item.fault for item in found):  # or a running task has just deleted it
-            still = {record["key"] for record in self._reader.records(pathspec)[0]}
-            found = [item for item in found if item.entry.key in still]
+        faulty = [item for item in found if item.fault]
+        if faulty:  # or a running task has just deleted them
+            gone = self._deleted(faulty)
+            found = [item for item in found if item.entry.key not in gone]
         # those with a manifest are numbered; of the others the clock knows the order
         found.sort(key=lambda item: (item.task, item.entry.sequence, item.created))
         self.checkpoints = _explain(found, self.events)
@@ -206,6 +230,13 @@ class _Datastore:
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as name:
             self._reader.load(checkpoint.entry.reference, Path(name))
             yield Path(name)
+
+    def deleted(self, checkpoint: Checkpoint) -> bool:
+        return bool(self._deleted([checkpoint]))
+
+    def _deleted(self, checkpoints: Sequence[Checkpoint]) -> set[str]:
+        wait = 0.5 if any(map(self.running, {item.task for item in checkpoints})) else 0.0
+        return self._reader.deleted([item.entry.key for item in checkpoints], wait)
 
     def running(self, task: str) -> bool:
         return not self._reader.finished(task)
@@ -264,14 +295,34 @@ def find_one(target: str) -> tuple[Place, Checkpoint]:
 
 
 def check(place: Place, checkpoint: Checkpoint, tick: Tick) -> list[str] | None:
-    """What is wrong with a checkpoint, file by file, by size and hash; None when it has no manifest to go by."""
+    """What is wrong with a checkpoint, file by file, by size and hash; None when it has no manifest to go by.
+
+    Raises Deleted.
+    """
     if not checkpoint.entry.managed:
         return [checkpoint.fault] if checkpoint.fault else None
-    with place.open(checkpoint) as directory:
+    with _open(place, checkpoint) as directory:
         try:
-            return _check(directory, Manifest.read(directory), tick)
+            faults = _check(directory, Manifest.read(directory), tick)
         except CheckpointError as error:
-            return [str(error)]
+            faults = [str(error)]
+        if faults and place.deleted(checkpoint):
+            raise Deleted(checkpoint)
+        return faults
+
+
+@contextmanager
+def _open(place: Place, checkpoint: Checkpoint) -> Generator[Path]:
+    """A directory with its files. Raises Deleted for what went wrong because they are there no longer."""
+    try:
+        with place.open(checkpoint) as directory:
+            yield directory
+    except Deleted:
+        raise
+    except Exception as error:
+        if place.deleted(checkpoint):
+            raise Deleted(checkpoint) from error
+        raise
 
 
 def _check(directory: Path, manifest: Manifest, tick: Tick) -> list[str]:
@@ -296,9 +347,13 @@ def compare(left: tuple[Place, Checkpoint], right: tuple[Place, Checkpoint], tic
         ``environment``: lines ``key: old -> new``.
 
     Raises:
-        InvalidCheckpoint: a file is damaged.
+        InvalidCheckpoint: a file is missing or cut short.
+        Deleted: a running training did, meanwhile.
     """
-    with left[0].open(left[1]) as first, right[0].open(right[1]) as second:
+    with _open(*left) as first, _open(*right) as second:
+        for directory, (_, item) in ((first, left), (second, right)):
+            if item.entry.managed:
+                check_names(directory, Manifest.read(directory))
         a, b = _tensors(first), _tensors(second)
         changed: list[dict[str, Any]] = []
         for name in [name for name in a if name in b]:
@@ -338,25 +393,38 @@ def export(place: Place, checkpoint: Checkpoint, directory: Path, form: str, par
     Raises:
         CheckpointError: the directory is not empty, or the checkpoint has nothing of that form.
         InvalidCheckpoint: a file is damaged; nothing is written.
+        Deleted: a running training did, meanwhile.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not empty: export to a new directory")
-    with place.open(checkpoint) as source:
+    with _open(place, checkpoint) as source:
         if checkpoint.entry.managed:
             faults = _check(source, Manifest.read(source), tick)
             if faults:
                 raise InvalidCheckpoint(f"{checkpoint.entry.where} is damaged and was not exported: {faults[0]}")
         if form == "safetensors":
             weights = _weights(source, part)
-            directory.mkdir(parents=True, exist_ok=True)
-            write_safetensors(weights, directory / "model.safetensors")
+            with _whole(directory):
+                write_safetensors(weights, directory / "model.safetensors")
             return ["model.safetensors"]
         root, files = (source, _files(source)) if form == "files" else _save_pretrained(source)
-        for path in files:
-            target = directory / path.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+        with _whole(directory):
+            for path in files:
+                target = directory / path.relative_to(root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
         return [str(path.relative_to(root)) for path in files]
+
+
+@contextmanager
+def _whole(directory: Path) -> Generator[None]:
+    # half of an export is none
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 @dataclass(frozen=True)
@@ -381,7 +449,7 @@ def plan(
     """What to delete. Of each task the newest valid checkpoint and the named ones stay, whatever the rules say.
 
     Args:
-        keep_last, keep_best: as for ``CheckpointManager``.
+        keep_last, keep_best: as for ``CheckpointManager``; without ``keep_best`` each task's own rule holds.
         older_than: delete only what is older.
         unfinished: do not spare tasks that Metaflow does not know to have finished.
     """
@@ -402,18 +470,35 @@ def plan(
             for number, item in enumerate(mine)
         ]
         last = len(mine) if keep_last is None and keep_best is None and older_than is None else keep_last or 1
-        doomed = {entry.sequence for entry in to_delete(view, last, keep_best)}
-        needed = next((n for n in reversed(range(len(mine))) if not check(place, mine[n], tick)), None)
+        best = keep_best or rule_of(place, task)
+        doomed = {entry.sequence for entry in to_delete(view, last, best)}
+        ranked = {entry.sequence for entry in best.rank(view)[: best.count]} if best else set[int]()
+        needed = next((n for n in reversed(range(len(mine))) if _is_valid(place, mine[n], tick)), None)
         for number, item in enumerate(mine):
             delete, why = number in doomed, "by the rules"
             if item.entry.managed and item.entry.name:
                 why = "it has a name"
             elif number == needed:
                 delete, why = False, "the newest valid one"
+            elif best and number in ranked:
+                why = f"the best {best.metric}"
             elif delete and older_than and datetime.now(UTC) - item.created < older_than:
                 delete, why = False, "not old enough"
             planned.append(Planned(item, delete, why))
     return planned
+
+
+def rule_of(place: Place, task: str) -> KeepBest | None:
+    """The ``keep_best`` that a task's last CheckpointManager was given."""
+    rules = [event["keep_best"] for event in place.events.get(task, []) if event.get("keep_best")]
+    return KeepBest.parse(rules[-1]) if rules else None
+
+
+def _is_valid(place: Place, checkpoint: Checkpoint, tick: Tick) -> bool:
+    try:
+        return not check(place, checkpoint, tick)
+    except Deleted:
+        return False
 
 
 def parse_age(text: str) -> timedelta:
@@ -435,27 +520,35 @@ def parse_best(text: str) -> KeepBest:
     return KeepBest(metric, mode)
 
 
+_OPTIONS_OF_A_RESUME = ("--with", "--tag", "--max-workers", "--max-num-splits", "--max-log-size", "--run-id-file")
+
+
 def keep_running(command: list[str]) -> int:
     """Run ``python FLOW.py ... run ...`` and resume it until it succeeds. Returns the last exit status.
 
-    Gives up after three runs in a row that committed no further checkpoint: what fails then is not the machine.
+    A resumed run has the parameters of the first one, and its options: where it runs, for instance.
+
+    Gives up after three runs in a row in which no task got further: what fails then is not the machine.
     """
-    from .metaflow_store import newest_step
+    from .metaflow_store import finished_tasks, newest_steps
 
     verb = next((i for i, word in enumerate(command) if word in ("run", "resume")), None)
     if verb is None or verb == 0:
         raise CheckpointError(f"keep-running needs the command of a flow, such as python flow.py run; got {command}")
-    origin, reached, stuck = "", -1, 0
+    options = _options(command[verb + 1 :])
+
+    def resume(run: str) -> list[str]:
+        return [*command[:verb], "resume", "--origin-run-id", run, *options]
+
+    origin, stuck = "", 0
+    reached: dict[str, int] = {}
+    finished = 0
     with tempfile.TemporaryDirectory() as scratch:
         for count in range(1, sys.maxsize):
             id_file = Path(scratch, str(count))
-            if origin:
-                # a resumed run has the parameters of its origin
-                line = [*command[:verb], "resume", "--origin-run-id", origin, "--runner-attribute-file", str(id_file)]
-            else:
-                line = [*command[: verb + 1], "--runner-attribute-file", str(id_file), *command[verb + 1 :]]
+            line = [*(resume(origin) if origin else command), "--runner-attribute-file", str(id_file)]
             print(f"[keep-running] {shlex.join(line)}", flush=True)
-            status = subprocess.run(line, check=False).returncode
+            status, interrupted = _wait_for(line)
             if status == 0:
                 print(f"[keep-running] done after {count} run{'s' if count > 1 else ''}", flush=True)
                 return 0
@@ -463,16 +556,50 @@ def keep_running(command: list[str]) -> int:
                 print(f"[keep-running] the flow did not start (exit status {status}); giving up", flush=True)
                 return status
             started = json.loads(id_file.read_text())
-            run = started["run_id"]
-            step = newest_step(f"{started['flow_name']}/{run}")
-            # a run that died before its first checkpoint is not resumed: the one before it is, again
-            origin, stuck = (run, 0) if step > reached else (origin or run, stuck + 1)
-            reached = max(reached, step)
+            run, pathspec = started["run_id"], f"{started['flow_name']}/{started['run_id']}"
+            if interrupted:
+                print(f"[keep-running] interrupted; to go on: keep-running -- {shlex.join(resume(run))}", flush=True)
+                return _INTERRUPTED
+            steps, done = newest_steps(pathspec), finished_tasks(pathspec)
+            further = any(step > reached.get(task, -1) for task, step in steps.items())
+            if origin:  # what was done before is taken over, and counts in every run
+                further = further or done > finished
+            # a run in which nothing got further is not resumed: the one before it is, again
+            origin, stuck = (run, 0) if further else (origin or run, stuck + 1)
+            reached |= {task: max(step, reached.get(task, -1)) for task, step in steps.items()}
+            finished = max(finished, done)
             if stuck == 3:
-                print(f"[keep-running] three runs in a row did not get beyond step {reached}; giving up", flush=True)
+                newest = max(reached.values(), default=-1)
+                print(f"[keep-running] three runs in a row did not get beyond step {newest}; giving up", flush=True)
                 return status
-            print(f"[keep-running] run {run} failed at a newest checkpoint of step {step}; resuming", flush=True)
+            newest = max(steps.values(), default=-1)
+            print(f"[keep-running] run {run} failed at a newest checkpoint of step {newest}; resuming", flush=True)
     return 1
+
+
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+def _wait_for(line: list[str]) -> tuple[int, bool]:
+    """Run a command; its exit status, and whether Ctrl-C was pressed, upon which it still has to save what it has."""
+    interrupted = False
+    with subprocess.Popen(line) as process:
+        while True:
+            try:
+                return process.wait(), interrupted
+            except KeyboardInterrupt:  # the terminal has sent it to all processes
+                interrupted = True
+
+
+def _options(words: list[str]) -> list[str]:
+    """Those of Metaflow's ``run`` that its ``resume`` knows, too; what is left out are parameters of the flow."""
+    found: list[str] = []
+    for place, word in enumerate(words):
+        if word in _OPTIONS_OF_A_RESUME:
+            found += words[place : place + 2]
+        elif word.partition("=")[0] in _OPTIONS_OF_A_RESUME:
+            found.append(word)
+    return found
 
 
 # -------------------------------------------------------------------- looking

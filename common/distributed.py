@@ -190,7 +190,8 @@ class DistributedCheckpointManager:
         faulthandler.dump_traceback_later(self._timeout, exit=True)
 
     def _pass_on_stop(self) -> None:
-        asked = torch.tensor([self._leader is None and self._stop.reason() is not None], dtype=torch.int32)
+        asks = self._leader is None and self._stop.reason() is not None
+        asked = torch.tensor([asks], dtype=torch.int32, device="cpu")
         if world_size() > 1:
             _dist.all_reduce(asked)
         if self._leader is not None and asked.item():
@@ -268,11 +269,11 @@ class _SharedStop(StopWatch):
 def _tell(order: int, first: int = 0, second: int = 0) -> None:
     """Rank 0 tells the others what comes; a call of another rank does nothing."""
     if rank() == 0 and world_size() > 1:
-        _dist.broadcast(torch.tensor([order, first, second]), src=0)
+        _dist.broadcast(torch.tensor([order, first, second], device="cpu"), src=0)
 
 
 def _hear() -> list[int]:
-    heard = torch.zeros(3, dtype=torch.int64)
+    heard = torch.zeros(3, dtype=torch.int64, device="cpu")
     _dist.broadcast(heard, src=0)
     return [int(number) for number in heard]
 
@@ -282,14 +283,14 @@ def _gather(tree: Any) -> list[Any]:
     if world_size() == 1:
         return [tree]
     mine = _pack(tree)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    _dist.all_gather(sizes, torch.tensor([len(mine)]))
+    sizes = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(world_size())]
+    _dist.all_gather(sizes, torch.tensor([len(mine)], device="cpu"))
     longest = max(int(size) for size in sizes)
-    padded = torch.cat([mine, torch.zeros(longest - len(mine), dtype=torch.uint8)])
+    padded = torch.cat([mine, torch.zeros(longest - len(mine), dtype=torch.uint8, device="cpu")])
     if rank() != 0:
         _dist.gather(padded, dst=0)
         return []
-    blobs = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    blobs = [torch.empty(longest, dtype=torch.uint8, device="cpu") for _ in sizes]
     _dist.gather(padded, blobs, dst=0)
     return [_unpack(blob) for blob in blobs]
 
@@ -299,10 +300,10 @@ def _from_rank_0(tree: Any) -> Any:
     if world_size() == 1:
         return tree
     blob = _pack(tree) if rank() == 0 else None
-    size = torch.tensor([0 if blob is None else len(blob)])
+    size = torch.tensor([0 if blob is None else len(blob)], device="cpu")
     _dist.broadcast(size, src=0)
     if blob is None:
-        blob = torch.empty(int(size), dtype=torch.uint8)
+        blob = torch.empty(int(size), dtype=torch.uint8, device="cpu")
     _dist.broadcast(blob, src=0)
     return tree if rank() == 0 else _unpack(blob)
 
@@ -312,7 +313,7 @@ def _pack(tree: Any) -> torch.Tensor:
     body, arrays = encode(tree)
     layout = {name: [array.dtype, array.shape, array.nbytes] for name, array in arrays.items()}
     head = json.dumps([body, layout], allow_nan=False).encode()
-    blob = torch.empty(8 + len(head) + sum(array.nbytes for array in arrays.values()), dtype=torch.uint8)
+    blob = torch.empty(8 + len(head) + sum(array.nbytes for array in arrays.values()), dtype=torch.uint8, device="cpu")
     address = blob.data_ptr()
     ctypes.memmove(address, len(head).to_bytes(8, "little") + head, 8 + len(head))
     address += 8 + len(head)
@@ -327,7 +328,7 @@ def _unpack(blob: torch.Tensor) -> Any:
     body, layout = json.loads(ctypes.string_at(blob.data_ptr() + 8, start - 8))
     tensors: dict[str, torch.Tensor] = {}
     for name, (dtype, shape, nbytes) in layout.items():
-        tensors[name] = torch.empty(shape, dtype=getattr(torch, TORCH_OF[dtype]))
+        tensors[name] = torch.empty(shape, dtype=getattr(torch, TORCH_OF[dtype]), device="cpu")
         ctypes.memmove(tensors[name].data_ptr(), blob.data_ptr() + start, nbytes)
         start += nbytes
     return decode(body, tensors.__getitem__, lambda name: tensors[name].numpy())

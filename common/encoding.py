@@ -10,7 +10,7 @@ import collections
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -91,7 +91,7 @@ def _encode(value: Any, path: str, arrays: dict[str, Array]) -> Any:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         return {"$tensor": _take(path, _torch_array(value, path, torch), arrays)}
-    if isinstance(value, dict):
+    if kind in (dict, collections.OrderedDict, collections.Counter):
         return _encode_dict(cast("dict[Any, Any]", value), path, arrays)
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
@@ -102,11 +102,15 @@ def _encode(value: Any, path: str, arrays: dict[str, Array]) -> Any:
     if isinstance(value, tuple):  # torch.Size and named tuples become plain tuples
         return {"$tuple": _encode_items(cast("tuple[Any, ...]", value), path, arrays)}
     if kind in (bytes, bytearray):
-        return {"$bytes": base64.b64encode(value).decode()}
-    if isinstance(value, np.ndarray):
-        return {"$numpy": _take(path, _numpy_array(cast("np.ndarray[Any, Any]", value), path), arrays)}
-    if isinstance(value, np.generic):
-        scalar = cast("np.generic[Any]", value)
+        return {f"${kind.__name__}": base64.b64encode(value).decode()}
+    if kind in (np.ndarray, np.memmap):
+        array = cast("np.ndarray[Any, Any]", value)
+        if array.flags.f_contiguous and not array.flags.c_contiguous:  # a sum over it runs in another order
+            return {"$numpy_f": _take(path, _numpy_array(array.T, path), arrays)}
+        return {"$numpy": _take(path, _numpy_array(array, path), arrays)}
+    if kind in (np.str_, np.bytes_):
+        return {"$scalar": [kind.__name__, _encode(value.item(), path, arrays)]}
+    if isinstance(value, np.generic) and (scalar := cast("np.generic[Any]", value)).dtype.name in _NUMPY_DTYPES:
         return {"$scalar": [scalar.dtype.name, _encode(scalar.item(), path, arrays)]}
     raise CheckpointError(
         f"cannot save {path or 'the state'}: a {kind.__module__}.{kind.__qualname__} has no exact, pickle-free form. "
@@ -151,9 +155,9 @@ def _take(path: str, array: Array, arrays: dict[str, Array]) -> str:
 
 
 def _numpy_array(value: "np.ndarray[Any, Any]", path: str) -> Array:
-    if value.dtype.name not in _NUMPY_DTYPES:
+    if value.dtype.name not in _NUMPY_DTYPES or not value.dtype.isnative:
         raise CheckpointError(
-            f"cannot save {path}: numpy arrays of dtype {value.dtype} have no exact, pickle-free form"
+            f"cannot save {path}: numpy arrays of dtype {value.dtype!r} have no exact, pickle-free form"
         )
     contiguous = cast("Any", np.ascontiguousarray(value)).view(np.ndarray)
     return Array(_NUMPY_DTYPES[value.dtype.name], value.shape, contiguous.nbytes, contiguous)
@@ -167,7 +171,11 @@ def _torch_array(value: Any, path: str, torch: Any) -> Array:
         raise CheckpointError(
             f"cannot save {path}: a tensor of {value.dtype} and {value.layout} on {value.device} is not supported"
         )
-
+    if value.data_ptr() == 0 and value.nbytes:
+        raise CheckpointError(
+            f"cannot save {path}: a {type(value).__name__} that has no memory of its own is not supported; gather a "
+            "DTensor (FSDP2, tensor parallelism) first, such as by its full_tensor()"
+        )
     return Array(code, value.shape, value.nbytes, value)
 
 
@@ -192,10 +200,14 @@ def decode(tree: Any, tensor: Callable[[str], Any], array: Callable[[str], Any])
             return History(content)
         if tag == "$float":
             return float(content)
+        if tag == "$numpy_f":
+            return array(content).T
         if tag == "$tuple":
             return tuple(walk(content))
         if tag == "$bytes":
             return base64.b64decode(content)
+        if tag == "$bytearray":
+            return bytearray(base64.b64decode(content))
         if tag == "$scalar":
             return np.dtype(content[0]).type(walk(content[1]))
         if tag in ("$dict", "$counter"):
@@ -204,6 +216,16 @@ def decode(tree: Any, tensor: Callable[[str], Any], array: Callable[[str], Any])
         raise CheckpointError(f"unknown tag {tag!r}: this checkpoint was written by a newer version")
 
     return walk(tree)
+
+
+def plain_metrics(metrics: Mapping[str, Any] | None, step: int) -> dict[str, Any]:
+    """Metrics as plain, finite JSON, or a CheckpointError that names the bad one."""
+    plain: dict[str, Any] = {}
+    for name, value in (metrics or {}).items():
+        if type(name) is not str:
+            raise CheckpointError(f"a metric at step {step} is called {name!r}: its name must be a string")
+        plain[name] = plain_json(value, f"metric {name!r} at step {step}")
+    return plain
 
 
 def plain_json(value: Any, what: str) -> Any:

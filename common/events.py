@@ -9,6 +9,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from .errors import CheckpointError, WriteFailed
+
 Event = dict[str, Any]
 
 
@@ -27,7 +29,15 @@ class EventLog:
         record: Event = {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **details}
         with self._lock:  # the training, the writer and the card have threads of their own
             self.events.append(record)
-            self._append(json.dumps(record) + "\n")
+            try:
+                self._append(json.dumps(record) + "\n")
+            except OSError as error:
+                if isinstance(error, CheckpointError):
+                    raise
+                raise WriteFailed(
+                    f"the log beside the checkpoints could not be written: {error.strerror or error}. Free some space, "
+                    "then start again."
+                ) from error
 
     def all(self) -> list[Event]:
         """The events of all attempts, in order, each with its attempt number."""
@@ -36,11 +46,13 @@ class EventLog:
 
 
 def parse(text: str) -> list[Event]:
-    """The events of a log. A last line that a kill cut short is left out."""
+    """The events of a log. What is none is left out: a last line that a kill cut short, a damaged one."""
     events: list[Event] = []
     for line in text.splitlines():
         try:
-            events.append(json.loads(line))
-        except ValueError:
+            event: Any = json.loads(line)
+            if isinstance(event["event"], str) and isinstance(event["time"], str):
+                events.append(event)
+        except (ValueError, TypeError, KeyError):
             continue
     return events

@@ -19,6 +19,7 @@ from typing import Any
 from .checkpoint import CheckpointManager
 from .errors import CheckpointError
 from .process import die_with_parent
+from .state import without_clock
 
 _STATE = "trainer_state.json"
 _POLL = 0.05  # seconds between two looks at the log
@@ -227,7 +228,7 @@ class ForeignTrainer:
         state = read_state(directory)
         assert state is not None
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nobody needs it
-        state["log_history"] = [_without_clock(record) for record in state["log_history"]]
+        state["log_history"] = [without_clock(record) for record in state["log_history"]]
         (directory / _STATE).write_text(json.dumps(state, indent=2) + "\n")
         self._checkpoints.save_files(directory, step=step, epoch=int(state["epoch"]), metrics=_metrics_of(state, step))
         shutil.rmtree(directory)
@@ -264,11 +265,7 @@ def _metrics_of(state: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in _without_clock(record).items() if key not in ("step", "epoch")}
-
-
-def _without_clock(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if not key.endswith(("_runtime", "_per_second"))}
+    return {key: value for key, value in without_clock(record).items() if key not in ("step", "epoch")}
 
 
 def _epoch(epoch: float) -> dict[str, int]:

@@ -162,7 +162,7 @@ def clear_errors(repo_id: str, revision: str = "main", *, repo_type: str = "mode
         message = _explain(error, repo_id, revision, repo_type)
         if message is None:
             raise
-        raise HubError(message) from error
+        raise HubError(message) from None  # the message says it, and the client's own traceback is a page long
 
 
 def verify(directory: str | os.PathLike[str], commit: str) -> int:

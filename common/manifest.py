@@ -99,6 +99,17 @@ def check_file(name: str, expected: FileInfo, found: FileInfo) -> None:
         raise InvalidCheckpoint(f"{name}: its hash differs from the manifest's")
 
 
+def check_names(directory: Path, manifest: Manifest) -> None:
+    """Raise InvalidCheckpoint when a file of the manifest is missing, or one is there that it does not list."""
+    present = {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
+    missing = set(manifest.files) - present
+    if missing:
+        raise InvalidCheckpoint(f"{sorted(missing)[0]} is missing")
+    extra = present - set(manifest.files) - {FILE_NAME}
+    if extra:
+        raise InvalidCheckpoint(f"{sorted(extra)[0]} does not belong to it")
+
+
 def verify(directory: Path, manifest: Manifest) -> None:
     """Check every file of a checkpoint against its manifest. Raises InvalidCheckpoint, naming the first bad file."""
     for name, expected in manifest.files.items():
@@ -106,6 +117,13 @@ def verify(directory: Path, manifest: Manifest) -> None:
         if not path.is_file():
             raise InvalidCheckpoint(f"{name} is missing")
         check_file(name, expected, hash_file(path))
+
+
+def verify_directory(directory: Path) -> None:
+    """Raise InvalidCheckpoint when a directory with a checkpoint is not what its manifest says."""
+    manifest = Manifest.read(directory)
+    check_names(directory, manifest)
+    verify(directory, manifest)
 
 
 def environment() -> dict[str, Any]:
@@ -156,5 +174,6 @@ def check_config(manifest: Manifest, config: Mapping[str, Any], where: str) -> N
         raise ConfigChanged(
             f"{where} was made under another configuration:\n  "
             + "\n  ".join(lines)
-            + "\nGo back to the old values, start afresh, or continue on purpose with allow_changes (--allow-changes)."
+            + "\nGo back to the old values, start a new training, or continue on purpose: allow_changes=True, which in "
+            "the flows here is `run --resume-from RUN --allow-changes true`."
         )

@@ -7,6 +7,7 @@ numbers, and a listing that survives an unreadable record. They stand together i
 for the command line, looks at any task from outside.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -14,8 +15,10 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +26,7 @@ import metaflow
 
 from .errors import CheckpointError, InvalidCheckpoint
 from .events import Event, EventLog, parse
-from .manifest import FILE_NAME, Manifest
+from .manifest import FILE_NAME, Manifest, verify_directory
 from .s3 import S3Backend, S3Error, keep_client
 from .scratch import Scratch
 from .store import Entry, Listing, appender, entry_of, file_name, sync
@@ -106,25 +109,39 @@ class MetaflowStore:
         flow, _, run = source.rpartition("/")
         if flow not in ("", self.task.flow) or not run:
             raise CheckpointError(f"resume_from: {source!r} is not a run of {self.task.flow}; write its run id")
-        for origin in _with_origins(self.task.flow, run):
-            records = self._library.search(f"{self.task.flow}/{origin}/{self.task.step}", self.task.identifier)
+        for origin in with_origins(self.task.flow, run):
+            records, faults = self._library.search(f"{self.task.flow}/{origin}/{self.task.step}", self.task.identifier)
             if records:
-                return Listing(entries_of(records))
+                return Listing(entries_of(records), faults)
         raise CheckpointError(
             f"resume_from: run {run} of {self.task.flow} has no checkpoint of step {self.task.step!r} "
             "that fits this task"
         )
 
     def origin(self) -> str | None:
-        return _current.origin_run_id if _current.is_running_flow else None
+        source = _current.origin_run_id if _current.is_running_flow else None
+        library, identifier = self._library, self.task.identifier
+        return source and continued(
+            source, self.task, library.backend, lambda pathspec: library.search(pathspec, identifier)[0]
+        )
 
     def open(self, entry: Entry) -> Path:
         directory = self._work.directory()
         # on a local datastore this makes symlinks into the store; the manager reads through them and hands out copies
-        _load(self._library.backend, entry.reference, directory)
+        try:
+            _load(self._library.backend, entry.reference, directory)
+        except Exception as error:
+            # a file or a record that is missing or damaged; not an outage or a full disk, which say nothing about it
+            if isinstance(error, FileNotFoundError) or type(error).__module__.endswith("utilities.exceptions"):
+                raise InvalidCheckpoint(f"it cannot be loaded ({type(error).__name__}: {error})") from error
+            raise
         if not (directory / FILE_NAME).exists() and entry.managed:
             raise InvalidCheckpoint(f"{FILE_NAME} is missing")
         return directory
+
+    def verify(self, entry: Entry) -> None:
+        if self._library.local_root:  # S3 vouches for what it stores, and a best checkpoint may be gigabytes away
+            verify_directory(self.open(entry))
 
     def delete(self, entry: Entry) -> None:
         _delete(self._library.backend, entry.reference)
@@ -155,7 +172,8 @@ def _texts(backend: Any, paths: Sequence[str]) -> dict[str, str]:
     with backend.load_bytes(list(paths)) as found:
         for path, file, _ in _pairs(found):
             if file:
-                texts[path] = Path(file).read_text(encoding="utf-8", errors="replace")
+                with contextlib.suppress(FileNotFoundError):  # a running task may have deleted it just now
+                    texts[path] = Path(file).read_text(encoding="utf-8", errors="replace")
     return texts
 
 
@@ -172,7 +190,7 @@ def _walk(backend: Any, folders: Sequence[str]) -> dict[str, int | None]:
     return files
 
 
-def _with_origins(flow: str, run: str) -> Iterator[str]:
+def with_origins(flow: str, run: str) -> Iterator[str]:
     """``run``, the run that it resumed, the one that that resumed, and so on."""
     seen: set[str] = set()
     while run not in seen:
@@ -187,10 +205,63 @@ def _with_origins(flow: str, run: str) -> Iterator[str]:
             return
 
 
-def newest_step(pathspec: str) -> int:
-    """The largest step among the checkpoints of a flow, run, step or task; -1 when there is none."""
-    found = _checkpoint_class()._search(pathspec=pathspec)
-    return max((entry.step for entry in entries_of(list(found))), default=-1)
+def continued(source: str, task: Task, backend: Any, search: Callable[[str], list[dict[str, Any]]]) -> str | None:
+    """The run that ``task`` of a run that Metaflow's ``resume`` made of ``source`` continues; None: it starts anew.
+
+    ``source``, if it left checkpoints of a step that it had not done, or those that it continued itself. Or a run that
+    was resumed from it earlier, and got further: without ``--origin-run-id`` Metaflow resumes the last run that was not
+    resumed, again and again. A step that was done is executed again only when somebody asks for it (``resume STEP``),
+    mostly with other code, and then from its beginning.
+    """
+    left, newest = False, -1
+    for run in with_origins(task.flow, source):
+        records = search(f"{task.flow}/{run}/{task.step}")
+        tasks = {record["pathspec"] for record in records}
+        if not tasks:
+            continue
+        left, newest = not any(map(Reader.finished, tasks)), _newest_step(records)
+        if left:
+            break
+        if _current.retry_count == 0:  # a retry of it may have checkpoints of its own
+            print(
+                f"[checkpoints] run {run} had done step {task.step!r}, which is now executed again, from its "
+                f"beginning; to continue from the checkpoints of that run start a new one with --resume-from {run}",
+                flush=True,
+            )
+        return None
+    folder = f"mf.checkpoints/resumed/{task.flow}"
+    runs = [source]
+    for run in runs:
+        resumed = [path.rpartition("/")[2] for path in _walk(backend, [f"{folder}/{run}"])] if backend else []
+        runs += [other for other in resumed if other not in (*runs, task.run)]
+    if backend:
+        backend.save_bytes([(f"{folder}/{source}/{task.run}", BytesIO(b"resumed"))], overwrite=True)
+    steps = {run: _newest_step(search(f"{task.flow}/{run}/{task.step}")) for run in runs[1:]}
+    further = max(steps, key=lambda run: steps[run], default=source)
+    if steps.get(further, -1) <= newest:
+        return source if left else None
+    print(f"[checkpoints] run {further}, resumed from run {source} before, got further: it is continued", flush=True)
+    return further
+
+
+def _newest_step(records: list[dict[str, Any]]) -> int:
+    return max((entry.step for entry in entries_of(records)), default=-1)
+
+
+def newest_steps(pathspec: str) -> dict[str, int]:
+    """The largest step that each task of a flow, run or step has saved, by a name that it has in a resumed run, too."""
+    found: dict[str, int] = {}
+    for entry in entries_of(Reader().records(pathspec)[0]):
+        task = entry.key.rpartition("/")[0]
+        found[task] = max(found.get(task, -1), entry.step)
+    return found
+
+
+def finished_tasks(run: str) -> int:
+    """How many tasks of a run are done, with those that it took over; 0 when the metadata service is out of reach."""
+    with contextlib.suppress(Exception):
+        return sum(task.finished for step in _metaflow.Run(run, _namespace_check=False) for task in step)
+    return 0
 
 
 class Reader:
@@ -198,11 +269,15 @@ class Reader:
 
     Reads in bulk, because each operation on an object store has to wait for its answer.
 
+    Args:
+        rounds: how often to try again when S3 does not answer; not at all where someone waits at the terminal. As for
+            :func:`~.s3.keep_client`.
+
     Raises:
         CheckpointError: there is no datastore.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rounds: int | None = 0) -> None:
         if _checkpoint_class is None:
             raise CheckpointError("metaflow-checkpoint is not installed: pip install metaflow-checkpoint")
         config: Any = import_module("metaflow.metaflow_config")
@@ -215,70 +290,110 @@ class Reader:
                     "METAFLOW_DATASTORE_SYSROOT_LOCAL or METAFLOW_DEFAULT_DATASTORE as it was set there"
                 )
         tasks = "metaflow_extensions.obcheckpoint.plugins.machine_learning_utilities.datastore.task_utils"
-        # someone waits at the terminal: no more patience than the client itself has
-        self._backend: Any = keep_client(import_module(tasks).init_datastorage_object(), rounds=0)
-        self.where = str(self._backend.datastore_root)
-        _metaflow.namespace(None)  # everybody's runs
+        self.backend: Any = keep_client(import_module(tasks).init_datastorage_object(), rounds)
+        self.where = str(self.backend.datastore_root)
 
     def records(self, pathspec: str = "") -> tuple[list[dict[str, Any]], dict[str, list[Event]], list[str]]:
         """The records of a flow, run, step or task ("": of all), the events of their tasks, and the faults met."""
         roots = [f"mf.checkpoints/{part}/{pathspec}".rstrip("/") for part in ("checkpoints/metadata", "events")]
-        files = [path for path in self.walk(roots) if path.endswith((".metadata", ".jsonl"))]
-        records: list[dict[str, Any]] = []
+        texts = self.texts([path for path in self.walk(roots) if path.endswith((".metadata", ".jsonl"))])
         events: dict[str, list[Event]] = {}
-        faults: list[str] = []
-        for path, text in sorted(self.texts(files).items(), key=lambda item: _attempt(item[0])):
-            if path.endswith(".jsonl"):
-                task = path.removeprefix("mf.checkpoints/events/").rpartition("/")[0]
-                events.setdefault(task, []).extend(parse(text))
-                continue
-            try:
-                records.append(json.loads(text))
-            except ValueError:
-                faults.append(f"the record {path} is unreadable")
+        for path in sorted((path for path in texts if path.endswith(".jsonl")), key=_attempt):
+            task = path.removeprefix("mf.checkpoints/events/").rpartition("/")[0]
+            events.setdefault(task, []).extend(parse(texts.pop(path)))
+        records, faults = _parse_records(texts)
         return records, events, faults
 
     def record(self, key: str) -> dict[str, Any]:
         """The record of the checkpoint with this key. Raises CheckpointError when there is none."""
-        path = f"{key.replace('/artifacts/', '/artifact_metadata/', 1)}.metadata"
         try:
-            return json.loads(self.texts([path])[path])
+            return json.loads(self.texts([_record_of(key)])[_record_of(key)])
         except (KeyError, ValueError):
             raise CheckpointError(f"there is no checkpoint with the key {key} in {self.where}") from None
+
+    def deleted(self, keys: Sequence[str], wait: float = 0) -> set[str]:
+        """Those of some checkpoints that have been deleted; one that is being deleted has ``wait`` seconds to be so.
+
+        The library deletes the files first and the record then.
+        """
+        deadline = time.monotonic() + wait
+        while True:
+            records = self.texts([_record_of(key) for key in keys])
+            gone = {key for key in keys if _record_of(key) not in records}
+            if len(gone) == len(keys) or time.monotonic() > deadline:
+                return gone
+            time.sleep(0.05)
 
     def files(self, keys: Sequence[str]) -> dict[str, dict[str, int | None]]:
         """The names of the files of each checkpoint, with their sizes where the datastore tells them."""
         found: dict[str, dict[str, int | None]] = {key: {} for key in keys}
-        local = self._backend.TYPE == "local"
-        for path, size in _walk(self._backend, keys).items():
+        local = self.backend.TYPE == "local"
+        for path, size in _walk(self.backend, keys).items():
             key = next((key for key in (path.rsplit("/", n)[0] for n in range(1, path.count("/"))) if key in found), "")
             if key:
-                found[key][path.removeprefix(f"{key}/")] = self._backend.size_file(path) if local else size
+                found[key][path.removeprefix(f"{key}/")] = self.backend.size_file(path) if local else size
         return found
 
     def texts(self, paths: Sequence[str]) -> dict[str, str]:
         """The contents of small files; one that is missing is left out."""
-        return _texts(self._backend, paths)
+        return _texts(self.backend, paths)
 
     def walk(self, folders: Sequence[str]) -> list[str]:
         """The paths of all files in some folders and below."""
-        return list(_walk(self._backend, folders))
+        return list(_walk(self.backend, folders))
 
     def load(self, record: dict[str, Any], directory: Path) -> None:
         """Put a checkpoint's files, or symlinks to them, into ``directory``."""
-        _load(self._backend, record, directory)
+        _load(self.backend, record, directory)
 
     def delete(self, record: dict[str, Any]) -> None:
         """Delete a checkpoint."""
-        _delete(self._backend, record)
+        _delete(self.backend, record)
 
     @staticmethod
     def finished(pathspec: str) -> bool:
         """Whether the metadata service knows that the task ended well; one that was killed never does."""
         try:
-            return bool(_metaflow.Task(pathspec).finished)
+            return bool(_metaflow.Task(pathspec, _namespace_check=False).finished)
         except Exception:  # unknown there
             return False
+
+
+def _parse_records(texts: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
+    records: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for path in sorted(texts, key=_attempt):
+        try:
+            record: Any = json.loads(texts[path])
+        except ValueError:
+            record = None
+        if _is_record(record):
+            records.append(record)
+        else:
+            faults.append(f"the record {path} is unreadable")
+    return records, faults
+
+
+def _is_record(record: Any) -> bool:
+    # a flipped bit may leave JSON that is no record any more
+    try:
+        datetime.fromisoformat(record["created_on"])
+        (entry,) = entries_of([record])
+        numbers = [int(record["attempt"]), *([entry.step, entry.sequence] if entry.managed else [])]
+        texts = [record["pathspec"], record["key"], record["url"]]
+        return (
+            record["type"] == "checkpoint"
+            and record.get("storage_format", "files") in ("files", "tar")
+            and all(type(number) is int for number in numbers)
+            and all(isinstance(text, str) for text in texts)
+            and isinstance(cast("object", entry.metrics), dict)
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+
+
+def _record_of(key: str) -> str:
+    return f"{key.replace('/artifacts/', '/artifact_metadata/', 1)}.metadata"
 
 
 def _attempt(path: str) -> tuple[str, int]:
@@ -374,26 +489,27 @@ class _Library:
             self._set_version(self._version)
         else:
             name = f"{name}-{self._version}"
-        return self._saver.save(path=str(staged), name=name, metadata=metadata)
+        record = self._saver.save(path=str(staged), name=name, metadata=metadata)
+        if self.local_root:  # what comes next is the deletion of older ones
+            task = "mf.checkpoints/checkpoints/metadata/" + record["pathspec"]
+            name = f"{record['attempt']}.{record['name']}.{record['version_id']}.metadata"
+            for path in (self.local_root / _record_of(record["key"]), self.local_root / task / name):
+                for part in (path, path.parent):
+                    with contextlib.suppress(FileNotFoundError):  # another version of the library keeps it elsewhere
+                        sync(part)
+        return record
 
     def records(self) -> tuple[list[dict[str, Any]], list[str]]:
         """The records of the task, of all attempts, and the faults met."""
-        try:
-            records: list[dict[str, Any]] = (
-                self._read(self.private.metadata_store.FULL_PREFIX)
-                if isinstance(self.backend, S3Backend)
-                else self._saver.list()
-            )
-        except Exception:
-            if not self.private:
-                raise
-            return self._list_and_mend()
-        return records, self._check_latest()
+        if not self.private:
+            return self._saver.list(), []
+        records, faults = _parse_records(self._read(self.private.metadata_store.FULL_PREFIX))
+        return self._list_and_mend() if faults else (records, self._check_latest())
 
-    def _read(self, folder: str) -> list[dict[str, Any]]:
-        # all at once, where the library reads one after the other
+    def _read(self, folder: str) -> dict[str, str]:
+        # all at once, where the library reads one after the other; and of a run that lives some are gone meanwhile
         paths = [path for path in _walk(self.backend, [folder]) if path.endswith(".metadata")]
-        return [json.loads(text) for text in _texts(self.backend, paths).values()]
+        return _texts(self.backend, paths)
 
     def _list_and_mend(self) -> tuple[list[dict[str, Any]], list[str]]:
         # each record is stored twice; one that is unreadable makes list() raise for ever and a finished step fail,
@@ -404,13 +520,15 @@ class _Library:
             key = os.path.basename(path.key)
             if not key.endswith(".metadata"):
                 continue
-            try:
-                records.append(store.metadata_store._load_metadata(key))
-                continue
-            except ValueError:
-                pass
+            with contextlib.suppress(ValueError):
+                record = store.metadata_store._load_metadata(key)
+                if _is_record(record):
+                    records.append(record)
+                    continue
             try:
                 twin = store.artifact_metadatastore._load_metadata(f"{store._NAME_ENTROPY}.{key}")
+                if not _is_record(twin):
+                    raise ValueError("it is none")
                 store.metadata_store._save_metadata(key, twin)
                 records.append(twin)
                 faults.append(f"record {key} was unreadable and is mended from its copy")
@@ -432,18 +550,15 @@ class _Library:
             return []  # nothing saved yet
         return []
 
-    def search(self, pathspec: str, identifier: str) -> list[dict[str, Any]]:
-        """The records of another run's step, for the same branch of a foreach."""
-        try:
-            if isinstance(self.backend, S3Backend):
-                root = self.private.metadata_store.FULL_PREFIX.removesuffix(self.private.pathspec)
-                records = self._read(f"{root}{pathspec}")
-            else:
-                records = list(_checkpoint_class()._search(pathspec=pathspec))
-        except AttributeError:
+    def search(self, pathspec: str, identifier: str) -> tuple[list[dict[str, Any]], list[str]]:
+        """The records of another run's step, for the same branch of a foreach, and the faults met."""
+        if self.private:
+            root = self.private.metadata_store.FULL_PREFIX.removesuffix(self.private.pathspec)
+            records, faults = _parse_records(self._read(f"{root}{pathspec}"))
+        else:
             found: list[dict[str, Any]] = self._saver.list(full_namespace=True)
-            records = [record for record in found if record["pathspec"].startswith(f"{pathspec}/")]
-        return [record for record in records if f"/{identifier}/" in record["key"]]
+            records, faults = [record for record in found if record["pathspec"].startswith(f"{pathspec}/")], []
+        return [record for record in records if f"/{identifier}/" in record["key"]], faults
 
     def sweep(self, task: Task) -> None:
         """Remove what a killed earlier attempt left half-written: files without a record."""
@@ -471,8 +586,6 @@ class _Library:
         lines = [before]
 
         def append(text: str) -> None:
-            from io import BytesIO
-
             lines.append(text)
             if self.backend:  # an object store cannot append
                 self.backend.save_bytes([(key, BytesIO("".join(lines).encode()))], overwrite=True)

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from .errors import CheckpointError
 
@@ -27,9 +27,9 @@ class SaveEvery:
         steps: int | None = None
         seconds: float | None = None
         for part in str("" if value is None else value).replace(" ", "").split(","):
-            if match := re.fullmatch(r"[0-9]+", part):
+            if re.fullmatch(r"[0-9]+", part) and steps is None:
                 steps = int(part)
-            elif match := re.fullmatch(r"([0-9]*\.?[0-9]+)([smh])", part):
+            elif (match := re.fullmatch(r"([0-9]*\.?[0-9]+)([smh])", part)) and seconds is None:
                 seconds = float(match[1]) * _UNITS[match[2]]
             elif part or value not in (None, ""):
                 raise CheckpointError(
@@ -46,8 +46,10 @@ class SaveEvery:
 
     def due(self, steps_done: int, last_save: float) -> bool:
         """Whether to save after step ``steps_done``; ``last_save`` is the ``time.monotonic()`` of the last one."""
-        if self.steps is not None and steps_done % self.steps == 0:
-            return True
+        return (self.steps is not None and steps_done % self.steps == 0) or self.overdue(last_save)
+
+    def overdue(self, last_save: float) -> bool:
+        """Whether the time since the last save is over."""
         return self.seconds is not None and time.monotonic() - last_save >= self.seconds
 
 
@@ -59,11 +61,23 @@ class KeepBest:
     mode: str
     count: int = 1
 
+    @classmethod
+    def parse(cls, value: Any) -> "KeepBest | None":
+        """``(metric, direction)`` or ``(metric, direction, count)``; nothing gives None."""
+        if not value or isinstance(value, KeepBest):
+            return value or None
+        parts = list(cast("tuple[Any, ...]", value)) if isinstance(value, (tuple, list)) else []
+        if len(parts) not in (2, 3) or not isinstance(parts[0], str) or type(parts[-1]) not in (str, int):
+            raise CheckpointError(
+                f"keep_best is {value!r}: write (metric, direction) or (metric, direction, count): ('loss', 'min')"
+            )
+        return cls(*parts)
+
     def __post_init__(self) -> None:
         if self.mode not in ("min", "max"):
             raise CheckpointError(f"keep_best: the direction is {self.mode!r}, it must be 'min' or 'max'")
-        if self.count < 1:
-            raise CheckpointError(f"keep_best: the count is {self.count}, it must be 1 or more")
+        if type(self.count) is not int or self.count < 1:
+            raise CheckpointError(f"keep_best: the count is {self.count!r}, it must be a number, 1 or more")
 
     def value(self, entry: "Kept") -> float | None:
         """The entry's metric, or None when it has none."""

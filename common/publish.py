@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from . import hub
-from .commands import Checkpoint, Place, export, find, find_one
+from .commands import Checkpoint, Place, export, find, find_one, rule_of
 from .errors import CheckpointError
 from .loopback_hub import git_blob_id
 from .manifest import FILE_NAME, Manifest, hash_file
 from .metaflow_store import Reader
 from .model_card import REPOSITORY, WEIGHTS, About, base_of, card, dataset_of, read_json, split_commit
-from .policy import KeepBest
 from .redact import PLACES, SECRET, is_path, public
 from .scratch import Scratch
 from .tensors import tensors_of, write_safetensors
@@ -144,9 +143,8 @@ def _equal_to(files: Path, found: list[Checkpoint], place: Place) -> Checkpoint:
         theirs = {name: info for name, info in cast("Manifest", item.manifest).files.items() if name in weights}
         if theirs and theirs == weights:
             return item
-    events = place.events.get(found[-1].task, [])
-    rules = [event["keep_best"] for event in events if event["event"] == "started" and event.get("keep_best")]
-    ranked = KeepBest(*rules[-1]).rank([item.entry for item in found]) if rules else []
+    rule = rule_of(place, found[-1].task)
+    ranked = rule.rank([item.entry for item in found]) if rule else []
     best = [item for item in found if ranked and item.entry == ranked[0]]
     return best[0] if best else found[-1]
 
@@ -167,7 +165,7 @@ class _Models(Reader):
             cast("Any", import_module("metaflow")).load_model(record, str(links))
             _copy({str(path.relative_to(links)): path for path in links.rglob("*") if path.is_file()}, directory)
             return
-        with self._backend.load_bytes([record["key"]]) as found:
+        with self.backend.load_bytes([record["key"]]) as found:
             for _, path, _ in cast("Iterable[Any]", found):
                 if path is None:
                     raise CheckpointError(f"the model {record['key']} is not in {self.where} any more")
@@ -328,10 +326,10 @@ def _errors(repo: str) -> Generator[None]:
         with hub.clear_errors(repo):
             yield
     except hub.HubError as error:
-        message = _explain(error.__cause__, repo)
+        message = _explain(error.__context__, repo)
         if message is None:
             raise
-        raise hub.HubError(message) from error.__cause__
+        raise hub.HubError(message) from None
 
 
 def _explain(error: BaseException | None, repo: str) -> str | None:

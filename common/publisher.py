@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from . import hub
-from .commands import Checkpoint, Place, find
+from .commands import Checkpoint, Deleted, Place, find
 from .errors import CheckpointError
 from .metaflow_store import Task
 from .model_card import About
@@ -214,6 +214,9 @@ def _background(orders: "queue.SimpleQueue[dict[str, Any] | None]", report: Call
             pushed = cast("Pushed", done)
             report({"what": pushed.what, "new": bool(pushed.files), "commit": pushed.commit, "final": bool(told)})
         except Exception as error:
+            if isinstance(error, Deleted) and not told:
+                wait = 0.0  # newer ones have replaced it while it was read: no failure, the newest is next
+                continue
             known = isinstance(error, (hub.HubError, CheckpointError))
             text = str(error) if known else "".join(traceback.format_exception_only(error)).strip()
             report({"failed": text.rstrip(".") + ".", "what": what, "final": bool(told)})

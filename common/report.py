@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import import_module
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, cast
 
+from . import metaflow_card
 from .events import Event, EventLog
 
 
@@ -547,6 +547,7 @@ class _Page:
 
     def __init__(self, card: Any) -> None:
         self._card: Any = card
+        metaflow_card.refresh_in_place(card)
         self._thinned = _Thinned()
         self._parts: tuple[Any, Any, Any, Any] | None = None
         self._attempt = 0
@@ -559,18 +560,18 @@ class _Page:
         self._attempt = events[-1]["attempt"]
         self._update(self._card, self._thinned.records(), [*events, *newer], now)
         self._card.refresh()
-        self._renderers("yield")
 
     def close(self, done: bool) -> None:
         if not done:
+            if self._parts is not None:
+                metaflow_card.refresh_now(self._card)  # Metaflow renders nothing when a task has failed
             return
-        self._renderers("kill")
+        metaflow_card.end_renderers()
         if self._parts is None:
-            self._leave_out()
-        elif self._attempt:
-            with contextlib.suppress(Exception):  # each attempt has a card with the same id; this one shows them all
-                name = self._card._card_creator_args["card_uuid"][:5]
-                print(f"[checkpoints] the card of the whole training: --hash {name}", flush=True)
+            metaflow_card.leave_out(self._card)
+        elif self._attempt and (name := metaflow_card.hash_of(self._card)):
+            # each attempt has a card with the same id; this one shows them all
+            print(f"[checkpoints] the card of the whole training: --hash {name}", flush=True)
 
     def _update(
         self, card: Any, history: Sequence[Mapping[str, Any]], events: Sequence[Event], now: float | None
@@ -595,29 +596,6 @@ class _Page:
         words.update(table)
         if bar is not None:
             bar.update(reached, metadata=left)
-
-    def _leave_out(self) -> None:
-        # Metaflow renders every card when the task is done; this one stayed empty
-        with contextlib.suppress(Exception):
-            creator, mine = self._card._card_creator, self._card._card_creator_args["card_uuid"]
-            create = creator.create
-
-            def create_another(**options: Any) -> None:
-                if options["card_uuid"] != mine:
-                    create(**options)
-
-            creator.create = create_another
-
-    @staticmethod
-    def _renderers(action: str) -> None:
-        # Metaflow imports the whole flow for each refresh, a second or two of a core
-        with contextlib.suppress(Exception):
-            manager: Any = import_module("metaflow.plugins.cards.card_creator").CardProcessManager
-            for running in manager.async_card_processes.values():
-                if action == "kill":  # it renders once more, and would wait for this one
-                    running["proc"].kill()
-                elif running["proc"].poll() is None:
-                    os.sched_setscheduler(running["proc"].pid, os.SCHED_IDLE, os.sched_param(0))
 
 
 class _File:
@@ -660,7 +638,10 @@ class _Drawer:
         self._thread.join(10)
         self._draw()
         if self._target is not None:
-            self._target.close(done)
+            try:
+                self._target.close(done)
+            except Exception as error:
+                self._give_up(error)
 
     def _run(self) -> None:
         began = time.monotonic()
@@ -682,8 +663,11 @@ class _Drawer:
             if events:
                 self._target.show(records, events, newer, None if self._stop.is_set() else time.time())
         except Exception as error:
-            print(f"[checkpoints] the card is not drawn any more: {type(error).__name__}: {error}", flush=True)
-            self._target = None
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        print(f"[checkpoints] the card is not drawn any more: {type(error).__name__}: {error}", flush=True)
+        self._target = None
 
     def _look(self) -> tuple[Sequence[Mapping[str, Any]], Sequence[Event], Sequence[Event]]:
         """What is new in the history, all that is in the log, and what is newer than it."""
@@ -694,8 +678,8 @@ class TrainingCard(_Drawer):
     """Draws a training on a Metaflow card while it runs, on a thread of its own.
 
     About once a second at first, then each time another hundredth of the training is over, at least once a minute. The
-    thread spends at most half a percent of the time. Metaflow renders in a process of its own, which gets only what the
-    training leaves of the cores. A card that fails is said once and given up.
+    thread spends at most half a percent of the time. Metaflow renders the page once, in a process of its own; what is
+    new on it this thread writes. A card that fails is said once and given up.
 
     Args:
         card: ``current.card["training"]``; or the path of a file, to which is written what :func:`follow` draws.

@@ -28,8 +28,8 @@ class ResumableSampler(Sampler[int]):
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = cast("Any", torch.randperm(self.size, generator=generator))
+        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = cast("Any", torch.randperm(self.size, generator=generator, device="cpu"))
         start, self.start = self.start, 0
         indices: list[int] = order[start + self.rank :: self.world_size].tolist()
         return iter(indices)

@@ -21,6 +21,7 @@ class Scratch:
     """A private directory under ``root``. ``directory()`` hands out fresh, empty directories in it."""
 
     def __init__(self, root: Path) -> None:
+        root = root.absolute()  # the training may change its working directory
         sweep(root)
         root.mkdir(parents=True, exist_ok=True)
         # named .new until it is locked, so that no other process can take it for an abandoned one
@@ -28,7 +29,8 @@ class Scratch:
         self._fd = os.open(made / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.lockf(self._fd, fcntl.LOCK_EX)
         self.path = made.with_suffix("")
-        _own.add(self.path)
+        self._resolved = self.path.resolve()
+        _own.add(self._resolved)
         made.rename(self.path)
         self._count = 0
 
@@ -42,7 +44,7 @@ class Scratch:
     def remove(self) -> None:
         """Delete everything and give up the lock."""
         shutil.rmtree(self.path, ignore_errors=True)
-        _own.discard(self.path)
+        _own.discard(self._resolved)
         os.close(self._fd)
 
 
@@ -50,14 +52,14 @@ def sweep(root: Path) -> list[Path]:
     """Remove the scratch directories under ``root`` whose process is dead, and return their paths."""
     swept: list[Path] = []
     for path in root.glob("scratch-*"):
-        if path in _own:
+        if path.resolve() in _own:
             continue
-        if path.suffix == ".new" and time.time() - path.stat().st_mtime < 60:
-            continue  # being made right now
         try:
+            if path.suffix == ".new" and time.time() - path.stat().st_mtime < 60:
+                continue  # being made right now
             fd = os.open(path / _LOCK, os.O_RDWR)
         except OSError:
-            continue  # just removed by its owner
+            continue  # just renamed or removed by its owner
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

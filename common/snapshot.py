@@ -114,7 +114,7 @@ class Snapshot:
             copies[id(tensor)] = (
                 torch.frombuffer(memory, dtype=tensor.dtype).view(shape)
                 if nbytes
-                else torch.empty(shape, dtype=tensor.dtype)
+                else torch.empty(shape, dtype=tensor.dtype, device="cpu")
             )
             offset += nbytes
         return copy.deepcopy(tree, copies)
@@ -285,7 +285,7 @@ class StateFile:
 
         dtype, shape, nbytes = self._find(name)
         # allocated by torch, as in a run that was never interrupted: a kernel may depend on the alignment
-        tensor: Any = torch.empty(shape, dtype=getattr(torch, TORCH_OF[dtype]))
+        tensor: Any = torch.empty(shape, dtype=getattr(torch, TORCH_OF[dtype]), device="cpu")
         self._targets[name] = tensor, tensor.data_ptr()
         _in_large_pages(tensor.data_ptr(), nbytes)
         return tensor

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from .encoding import History, plain_json
+from .encoding import History, plain_metrics
 from .errors import CheckpointError
 
 
@@ -47,7 +47,9 @@ class TrainState:
 
     def log(self, metrics: Mapping[str, Any], **position: int) -> dict[str, Any]:
         """Append ``{"step": ..., **position, **metrics}`` to the history. Raises CheckpointError for NaN and such."""
-        plain = {key: plain_json(value, f"metric {key!r} at step {self.step}") for key, value in metrics.items()}
+        plain = plain_metrics(metrics, self.step)
+        if taken := {"step", *position} & set(plain):
+            raise CheckpointError(f"a metric is called {min(taken)!r}, which says where it was recorded: rename it")
         self.history.append({"step": self.step, **position, **plain})
         return plain
 
@@ -135,3 +137,8 @@ def weights_digest(weights: Mapping[str, Any]) -> str:
         digest.update(f"{name}\0{dtype}\0{tuple(value.shape)}\0".encode())
         digest.update(data)
     return digest.hexdigest()
+
+
+def without_clock(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of the Hugging Face Trainer, without how long things took: that is no part of a history."""
+    return {key: value for key, value in record.items() if not key.endswith(("_runtime", "_per_second"))}

@@ -7,11 +7,11 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from .errors import CheckpointError, InvalidCheckpoint
 from .events import Event, EventLog, parse
-from .manifest import Manifest
+from .manifest import Manifest, verify_directory
 from .scratch import Scratch
 
 
@@ -80,6 +80,10 @@ class Store(Protocol):
         """A directory with the checkpoint's files, to be read only."""
         ...
 
+    def verify(self, entry: Entry) -> None:
+        """Raise InvalidCheckpoint when the files are damaged. A store that would have to download them does nothing."""
+        ...
+
     def delete(self, entry: Entry) -> None: ...
 
     def close(self) -> None:
@@ -94,9 +98,9 @@ def entry_of(manifest: Manifest, key: str, reference: Any, where: str) -> Entry:
     )
 
 
-def file_name(manifest: Manifest) -> str:
+def file_name(about: "Manifest | Entry") -> str:
     """The name of a checkpoint: the user's, or ``step-00000012``."""
-    return manifest.name or f"step-{manifest.step:08d}"
+    return about.name or f"step-{about.step:08d}"
 
 
 class DirectoryStore:
@@ -106,7 +110,7 @@ class DirectoryStore:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, fresh: bool = False) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()  # the training may change its working directory
         self.where = str(directory)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -137,7 +141,7 @@ class DirectoryStore:
         earlier: dict[int, list[Event]] = {}
         for path in folder.glob("*.jsonl"):
             if path.stem.isdigit():
-                earlier[int(path.stem)] = parse(path.read_text(encoding="utf-8"))
+                earlier[int(path.stem)] = parse(path.read_text(encoding="utf-8", errors="replace"))
         attempt = max(earlier, default=-1) + 1
         return EventLog(attempt, earlier, appender(folder / f"{attempt}.jsonl"))
 
@@ -156,21 +160,27 @@ class DirectoryStore:
         sync(staged)
         staged.rename(target)
         sync(self.directory)
-        return entry_of(manifest, target.name, str(target), str(target))
+        return entry_of(manifest, target.name, str(target), str(Path(self.where, target.name)))
 
     def listing(self) -> Listing:
-        return _list_directory(self.directory)
+        found = _list_directory(self.directory, self.where)
+        # a copy that somebody made beside them is neither to be restored nor to be deleted
+        own = [entry for entry in found.entries if re.fullmatch(rf"{file_name(entry)}(-[0-9]+)?", entry.key)]
+        return Listing(own, found.faults)
 
     def list_other(self, source: str) -> Listing:
         if not Path(source).is_dir():
             raise CheckpointError(f"resume_from: there is no directory {source}")
-        return _list_directory(Path(source))
+        return _list_directory(Path(source).absolute(), source)
 
     def origin(self) -> str | None:
         return None
 
     def open(self, entry: Entry) -> Path:
         return Path(entry.reference)
+
+    def verify(self, entry: Entry) -> None:
+        verify_directory(self.open(entry))
 
     def delete(self, entry: Entry) -> None:
         doomed = self._scratch.directory() / "deleted"
@@ -182,16 +192,18 @@ class DirectoryStore:
         os.close(self._lock)
 
 
-def _list_directory(directory: Path) -> Listing:
+def _list_directory(directory: Path, where: str) -> Listing:
     entries: list[Entry] = []
     faults: list[str] = []
     for path in sorted(directory.iterdir()):
-        if path.name.startswith(".") or path.name == "events" or not path.is_dir():
+        if path.name.startswith(".") or path.name == "events" or path.is_symlink() or not path.is_dir():
             continue
         try:
-            entries.append(entry_of(Manifest.read(path), path.name, str(path), str(path)))
+            manifest = Manifest.read(path)
         except InvalidCheckpoint as error:
             faults.append(f"{path.name}: {error}")
+            continue
+        entries.append(entry_of(manifest, path.name, str(path), str(Path(where, path.name))))
     return Listing(sorted(entries, key=lambda entry: entry.sequence), faults)
 
 
@@ -207,9 +219,9 @@ def appender(path: Path) -> Any:
     return append
 
 
-def sync(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or the names in a directory, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -218,7 +230,7 @@ def sync(directory: Path) -> None:
 
 def check_name(name: str) -> str:
     """Raise CheckpointError for a checkpoint name that the store could not list or load."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+    if not isinstance(cast("object", name), str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
         raise CheckpointError(
             f"{name!r} cannot be the name of a checkpoint: use 1 to 100 letters, digits, '_' and '-' (a dot could not "
             "be loaded again, a slash would leave the store)"

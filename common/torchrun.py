@@ -98,12 +98,17 @@ def arguments(timeout: float, port: int = 0) -> dict[str, Any]:
 
 
 def origin() -> str:
-    """The run that Metaflow's ``resume`` continues, if there is one and it has checkpoints of this step; else ""."""
-    from .metaflow_store import newest_step
+    """The run that Metaflow's ``resume`` continues, if there is one and it has checkpoints to continue from, or "".
 
-    current: Any = import_module("metaflow").current
-    source = current.origin_run_id
-    return source if source and newest_step(f"{current.flow_name}/{source}/{current.step_name}") >= 0 else ""
+    For a manager in a process that ``@torchrun`` starts; one in the step itself knows it.
+    """
+    from .metaflow_store import Reader, Task, continued
+
+    source = import_module("metaflow").current.origin_run_id
+    if not source:
+        return ""
+    reader = Reader(rounds=None)
+    return continued(source, Task.from_environment(), reader.backend, lambda path: reader.records(path)[0]) or ""
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, SequentialSampler
 
 from .checkpoint import CheckpointManager
 from .errors import CheckpointError
-from .state import weights_digest
+from .state import weights_digest, without_clock
 
 transformers: Any = import_module("transformers")  # its types are incomplete
 _ExportableState: Any = import_module("transformers.trainer_callback").ExportableState
@@ -136,7 +136,7 @@ class CheckpointCallback(transformers.TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
         if not self._training:
             return
-        self._metrics.update(_without_clock(metrics))
+        self._metrics.update(without_clock(metrics))
         self._metrics.pop("epoch", None)
         self._evaluations += 1
         if self._evaluations >= len(_as_mapping(self._trainer.eval_dataset)):
@@ -259,7 +259,7 @@ class ResumableTrainer(transformers.Trainer):
         parent.log(logs, *arguments, **options)
         record = self.state.log_history.pop()
         if "train_loss" not in record:
-            self.state.log_history.append(_without_clock(record))
+            self.state.log_history.append(without_clock(record))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.device.type not in ("cpu", "cuda"):  # others have files of their own
@@ -314,10 +314,6 @@ def _as_mapping(datasets: Any) -> Mapping[str, Any]:
 
 def _whole(epoch: float) -> bool:
     return epoch > 0 and float(epoch).is_integer()
-
-
-def _without_clock(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if not key.endswith(("_runtime", "_per_second"))}
 
 
 def _ended_early(directory: Path | None) -> bool:

@@ -1,5 +1,6 @@
 """One background thread that writes checkpoints, one at a time."""
 
+import contextlib
 import os
 import queue
 import sys
@@ -55,7 +56,9 @@ class Writer:
 
     def _run(self) -> None:
         if sys.platform == "linux":  # nice is per thread there: training keeps the cores
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            thread = threading.get_native_id()
+            with contextlib.suppress(OSError):  # it may not be allowed to, and needs not
+                os.setpriority(os.PRIO_PROCESS, thread, max(10, os.getpriority(os.PRIO_PROCESS, thread)))
         while (job := self._jobs.get()) is not None:
             try:
                 job()

@@ -26,9 +26,12 @@ class LlamaFactoryFlow(FlowSpec):
 
         from train import MODEL_FILES, TrainConfig, parse_overrides
 
-        grid = [{"lora_rank": int(rank)} for rank in self.ranks.split(",") if rank] or [{}]
+        ranks = [int(rank) for rank in self.ranks.split(",") if rank]
+        grid = [{"lora_rank": rank} for rank in ranks] or [{}]
         wanted = parse_overrides(self.overrides)
         config = TrainConfig(self.config, wanted)  # bad ones are refused here, before anything is written
+        config.check_ranks(ranks)
+        self.chat = config.for_chat()
         name, revision = config.arguments["model_name_or_path"], config.arguments.get("model_revision", "main")
         self.commit = common.hub.resolve(name, revision)  # recorded, and used by every retry
         with common.hub.clear_errors(name, self.commit):
@@ -66,21 +69,30 @@ class LlamaFactoryFlow(FlowSpec):
         self.adapter = current.model.save(str(result.path), label="llama_factory_adapter")
         self.next(self.choose)
 
+    @retry(times=4, minutes_between_retries=0)
     @step
     def choose(self, inputs):
         from hashlib import sha256
+        from math import inf
 
-        losses = [[record["eval_loss"] for record in trial.history if "eval_loss" in record][-1] for trial in inputs]
+        def loss_of(trial) -> float:
+            """The last one; inf without an evaluation, and for a training that has diverged to NaN."""
+            losses = [record["eval_loss"] for record in trial.history if "eval_loss" in record]
+            return losses[-1] if losses and losses[-1] == losses[-1] else inf
+
+        losses = list(map(loss_of, inputs))
         for trial, loss in zip(inputs, losses, strict=True):
             resumed = f", resumed at step {', '.join(map(str, trial.resumed_from))}" if trial.resumed_from else ""
-            print(f"rank {trial.rank}: eval_loss {loss:.4f}{resumed}")
+            print(f"rank {trial.rank}: {f'eval_loss {loss:.4f}' if loss < inf else 'no eval_loss'}{resumed}")
         best = inputs[losses.index(min(losses))]
         self.rank, self.adapter, self.history = best.rank, best.adapter, best.history
         self.base_model, self.commit, self.latest_checkpoint = best.base_model, best.commit, best.latest_checkpoint
+        self.chat = best.chat
         self.resumed_from = [step for trial in inputs for step in trial.resumed_from]
         self.weights_digest = sha256("".join(sorted(trial.weights_digest for trial in inputs)).encode()).hexdigest()
         self.next(self.merge)
 
+    @retry(times=4, minutes_between_retries=0)
     @model(load=["base_model", "adapter"])  # by the artifacts' names
     @step
     def merge(self):
@@ -89,10 +101,12 @@ class LlamaFactoryFlow(FlowSpec):
         from use_model import merge
 
         base_model = common.hub.private_copy(current.model.loaded["base_model"], self.commit)
-        merged = merge(base_model, Path(current.model.loaded["adapter"]), base_model.parent / "merged")
+        trained, target = Path(current.model.loaded["adapter"]), base_model.parent / "merged"
+        merged = merge(base_model, trained, target, self.chat)
         self.merged = current.model.save(str(merged), label="llama_factory_merged")
         self.next(self.evaluate)
 
+    @retry(times=4, minutes_between_retries=0)
     @model(load=["merged"])
     @step
     def evaluate(self):
@@ -100,7 +114,7 @@ class LlamaFactoryFlow(FlowSpec):
 
         from use_model import ask
 
-        self.answer = ask(Path(current.model.loaded["merged"]), self.question)
+        self.answer = ask(Path(current.model.loaded["merged"]), self.question, self.chat)
         print(f"{self.question} -> {self.answer}")
         self.next(self.end)
 

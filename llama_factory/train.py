@@ -5,6 +5,7 @@ python train.py --fresh              # forget them and start anew
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -37,6 +38,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_arguments(self.arguments)
+        if "deepspeed" in self.arguments and not self.path("deepspeed").is_file():
+            raise CheckpointError(f"deepspeed is {self.arguments['deepspeed']!r}: there is no {self.path('deepspeed')}")
         if ours := sorted(set(OURS).intersection(self.arguments)):
             raise CheckpointError(f"{self.file} sets {ours[0]}: leave it out, it is set for each attempt")
         if self.arguments.get("stage") not in STAGES:
@@ -50,7 +53,11 @@ class TrainConfig:
         path = HERE / self.file  # a path that is absolute stays as it is
         if not path.is_file():
             raise CheckpointError(f"there is no {path}: name a YAML file beside train.py, or give its whole path")
-        return {**yaml.safe_load(path.read_text(encoding="utf-8")), **self.overrides}
+        arguments = {**yaml.safe_load(path.read_text(encoding="utf-8")), **self.overrides}
+        for key in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if arguments.get(key) is False:  # how YAML reads an unquoted no
+                arguments[key] = "no"
+        return arguments
 
     def path(self, key: str) -> Path:
         """What a key names, relative to the YAML file."""
@@ -70,7 +77,25 @@ class TrainConfig:
     def fingerprint(self) -> dict:
         """What the result depends on, and a checkpoint is compared by before it is continued."""
         arguments = {key: value for key, value in self.arguments.items() if key not in ("save_steps", "model_revision")}
-        return {**arguments, "data": {path.name: hash_file(path).xxh3_128 for path in self.data_files()}}
+        files = [*self.data_files(), self.path("dataset_dir") / "dataset_info.json"]  # which columns are what
+        files += [self.path("deepspeed")] if "deepspeed" in arguments else []
+        return {**arguments, "data": {path.name: hash_file(path).xxh3_128 for path in files}}
+
+    def check_ranks(self, ranks: list[int]) -> None:
+        """Refuse a grid that could not be trained, or of which the best could not be chosen."""
+        kind, strategy = self.arguments.get("finetuning_type", "lora"), self.arguments.get("eval_strategy", "no")
+        if ranks and kind != "lora":
+            raise CheckpointError(f'--ranks is {ranks} and finetuning_type is {kind}, which has none: say --ranks ""')
+        if len(ranks) > 1 and (strategy == "no" or self.arguments.get("eval_on_each_dataset")):
+            raise CheckpointError(
+                f"--ranks is {ranks}, and no training would log the eval_loss that the best is chosen by: set "
+                "eval_strategy: steps, and val_size or eval_dataset, without eval_on_each_dataset, or give one rank"
+            )
+
+    def for_chat(self) -> dict:
+        """What merging and asking need as well, so that the model is asked as it was trained."""
+        keys = ("template", "tool_format", "default_system", "enable_thinking")
+        return {key: value for key, value in self.arguments.items() if key in keys}
 
 
 @dataclass(frozen=True)
@@ -147,4 +172,4 @@ if __name__ == "__main__":
     with CheckpointManager(save_every=1, fresh="--fresh" in sys.argv) as checkpoints:
         result = train(TrainConfig(), checkpoints)
     losses = [record["eval_loss"] for record in result.history if "eval_loss" in record]
-    print(f"eval_loss {losses[-1]:.4f}, weights {result.weights_digest[:16]}")
+    print(f"eval_loss {losses[-1] if losses else math.nan:.4f}, weights {result.weights_digest[:16]}")

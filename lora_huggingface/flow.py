@@ -33,9 +33,9 @@ def parse(text: str) -> dict:
 
 
 class LoraHuggingFaceFlow(FlowSpec):
-    settings = Config("settings", default=__file__.replace("flow.py", "config.yaml"), parser=parse,
+    settings = Config("settings", default=__file__.removesuffix("flow.py") + "config.yaml", parser=parse,
                       help="a YAML file; its knobs and their defaults are in config.yaml")  # fmt: skip
-    instructions = IncludeFile("instructions", default=__file__.replace("flow.py", "instructions.jsonl"),
+    instructions = IncludeFile("instructions", default=__file__.removesuffix("flow.py") + "instructions.jsonl",
                                help="JSON Lines with instruction, input, output; used without --dataset")  # fmt: skip
     # the ones you change most; all have their default from the file
     base_model = Parameter("base-model", type=str, default=settings.base_model, help="a model of the Hub, or local/...")
@@ -60,7 +60,7 @@ class LoraHuggingFaceFlow(FlowSpec):
         from dataclasses import asdict
 
         from instructions import json_files, read_rows
-        from settings import DATA_FILES, MODEL_FILES, OWN_DATA, TrainConfig, pinned
+        from settings import DATA_FILES, MODEL_FILES, OWN_DATA, TrainConfig, check_targets, pinned
 
         # bad parameters are refused here, without retries
         common.Publisher(self.push_to)
@@ -70,6 +70,11 @@ class LoraHuggingFaceFlow(FlowSpec):
         self.config = asdict(config)
         hub = current.huggingface_hub
         with common.hub.clear_errors(config.base_model, config.revision):
+            with hub.load(
+                repo_id=config.base_model, revision=config.revision, allow_patterns=["config.json"],
+                endpoint=common.hub.endpoint(config.base_model),
+            ) as found:  # fmt: skip
+                check_targets(config, found)  # before gigabytes come
             self.base = hub.snapshot_download(
                 repo_id=config.base_model, revision=config.revision, allow_patterns=MODEL_FILES,
                 endpoint=common.hub.endpoint(config.base_model),
@@ -143,14 +148,17 @@ class LoraHuggingFaceFlow(FlowSpec):
         self.next(self.evaluate)
 
     @card(type="blank")
-    @model(load=["base", "adapter", "merged"], best_effort_load=True)  # by the artifacts' names; merged if there is one
+    @retry(times=4, minutes_between_retries=0)
+    @model(load=["base", "adapter"])  # by the artifacts' names
     @step
     def evaluate(self):
         from metaflow.cards import Markdown, Table
         from train import TrainConfig, evaluate
 
         loaded = current.model.loaded
-        found = evaluate(TrainConfig(**self.config), loaded["base"], loaded["adapter"], self.rows, self.data)
+        merged = current.model.load(self.merged) if self.merge_adapter else None
+        config = TrainConfig(**self.config)
+        found = evaluate(config, loaded["base"], loaded["adapter"], self.rows, self.data, merged)
         self.perplexity_before, self.perplexity_after = found["before"], found["after"]
         self.samples = found["samples"]
         text = f"perplexity of the validation answers: {self.perplexity_before:.1f} -> {self.perplexity_after:.1f}"

@@ -26,7 +26,9 @@ def read_rows(files: dict[str, str]) -> Rows:
     rows: Rows = []
     for name, text in sorted(files.items()):
         try:
-            found = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, text.splitlines()))
+            # not splitlines(), which also splits at characters that a text may have in it, such as U+2028
+            lines = filter(str.strip, text.split("\n"))
+            found = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, lines))
         except ValueError as error:
             raise ValueError(f"{name} is neither JSON nor JSON Lines: {error}") from error
         for number, row in enumerate(found, 1):
@@ -136,7 +138,9 @@ def fill(config: TrainConfig, tokenizer: Any, row: dict[str, str]) -> tuple[str,
     """The text up to the answer, and the answer with what ends it."""
     if config.prompt_template == "alpaca":
         given = f"\n\n### Input:\n{row['input']}" if row["input"] else ""
-        return f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n", row["output"] + tokenizer.eos_token
+        # tokenize() adds no special tokens: a chat template writes its own
+        prompt = f"{tokenizer.bos_token or ''}### Instruction:\n{row['instruction']}{given}\n\n### Response:\n"
+        return prompt, row["output"] + tokenizer.eos_token
     if not tokenizer.chat_template:
         raise ValueError(f"{config.base_model} has no chat template: set prompt_template to alpaca")
     question = {"role": "user", "content": "\n\n".join(filter(None, (row["instruction"], row["input"])))}

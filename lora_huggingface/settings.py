@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
@@ -11,7 +12,7 @@ from common import hub
 OWN_DATA = "instructions"  # the file that ships with this example
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # what is downloaded
 DATA_FILES = ["*.json", "*.jsonl"]
-# lm_head, because the tiny model is random there, too; a real one does without
+# lm_head, because the tiny model is random there, too; a real one does without, and one that ties it must
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
@@ -77,6 +78,23 @@ def pinned(config: TrainConfig) -> TrainConfig:
     if config.dataset != OWN_DATA:
         data = hub.resolve(config.dataset, config.dataset_revision, repo_type="dataset")
     return dataclasses.replace(config, revision=revision, dataset_revision=data)
+
+
+def check_targets(config: TrainConfig, base: Path | str) -> None:
+    """Raises ValueError for targets whose weights are another module's, too: merging them would change both.
+
+    Args:
+        base: a directory with the config.json of the base model.
+    """
+    from transformers import AutoConfig  # it takes seconds, and reading the settings needs it not
+
+    shared = [target for target in config.lora_target_modules if target in ("lm_head", "embed_tokens")]
+    # its class knows the value where config.json leaves it out
+    if shared and AutoConfig.from_pretrained(base).get_text_config().tie_word_embeddings:
+        raise ValueError(
+            f"lora_target_modules has {' and '.join(shared)}, but in {config.base_model} lm_head and embed_tokens are "
+            "one matrix (tie_word_embeddings), so merging would change both: take it out of lora_target_modules"
+        )
 
 
 def parse(text: str) -> dict[str, Any]:

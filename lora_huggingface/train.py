@@ -26,7 +26,7 @@ from instructions import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from settings import DATA_FILES, MODEL_FILES, OWN_DATA, TrainConfig, parse, pinned
+from settings import DATA_FILES, MODEL_FILES, OWN_DATA, TrainConfig, check_targets, parse, pinned
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -112,7 +112,8 @@ def finetune(config: TrainConfig, base: Path, data: Data, checkpoints: Checkpoin
             learning_rate=config.learning_rate, lr_scheduler_type="cosine", warmup_steps=config.warmup_steps,
             eval_strategy="steps" if config.eval_steps else "epoch", eval_steps=config.eval_steps or None,
             logging_steps=5, report_to="none", disable_tqdm=True, remove_unused_columns=False,
-            bf16=config.dtype == "bfloat16", dataloader_pin_memory=torch.cuda.is_available(),
+            bf16=config.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(),  # without it bf16 needs a GPU
+            dataloader_pin_memory=torch.cuda.is_available(),
             save_strategy="no",  # the manager decides: save_every
         ),
         train_dataset=rows,
@@ -140,14 +141,20 @@ def finetune(config: TrainConfig, base: Path, data: Data, checkpoints: Checkpoin
 
 
 def load_adapted(config: TrainConfig, base: Path, adapter: Path) -> PeftModel:
-    model = PeftModel.from_pretrained(load_base(config, base), adapter).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return to_evaluate(PeftModel.from_pretrained(load_base(config, base), adapter))
+
+
+def to_evaluate(model):
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def evaluate(
-    config: TrainConfig, base: Path, adapter: Path, rows: Rows, data: Data, samples: int = 8
+    config: TrainConfig, base: Path, adapter: Path, rows: Rows, data: Data, merged: Path | None = None, samples: int = 8
 ) -> dict[str, Any]:
-    """The perplexity of the validation answers before and after, and some questions with both models' answers."""
+    """The perplexity of the validation answers before and after, and some questions with both models' answers.
+
+    Raises ValueError for a ``merged`` model that is not what base and adapter are together.
+    """
     tokenizer, model = load_tokenizer(base), load_adapted(config, base, adapter)
     examples = Examples(config, data, validation=True)
     asked = [rows[row] for row in examples.rows[:samples]]
@@ -158,6 +165,15 @@ def evaluate(
         before = [answer(config, model, tokenizer, row) for row in asked]
     pairs = zip(asked, before, after, strict=True)
     found["samples"] = [{**row, "before": old, "after": new} for row, old, new in pairs]
+    if merged is not None:
+        wanted = answer_logits(config, model, tokenizer, examples)
+        del model  # a GPU may not have room for both
+        off = answer_logits(config, to_evaluate(load_base(config, merged)), tokenizer, examples) - wanted
+        if (part := (off.norm() / wanted.norm()).item()) > (1e-3 if config.dtype == "float32" else 0.05):  # rounding
+            raise ValueError(
+                f"the logits of the merged model differ by {part:.1%} from those of the base model with the adapter: "
+                "merging went wrong. Use the adapter; with merge: false no merged model is made"
+            )
     return found
 
 
@@ -172,6 +188,14 @@ def perplexity(config: TrainConfig, model, tokenizer, examples: Examples) -> flo
         total += model(**batch).loss.item() * labels
         count += labels
     return math.exp(total / count)
+
+
+@torch.no_grad()
+def answer_logits(config: TrainConfig, model, tokenizer, examples: Examples) -> torch.Tensor:
+    """At the tokens of the first few answers."""
+    rows = [examples[i] for i in range(min(config.micro_batch_size, len(examples)))]
+    batch = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)(rows).to(model.device)
+    return model(**batch).logits[batch["labels"] != IGNORED].float()
 
 
 @torch.no_grad()
@@ -198,8 +222,9 @@ def download(config: TrainConfig) -> tuple[Path, Rows]:
         config.base_model, revision=config.revision, allow_patterns=MODEL_FILES,
         endpoint=hub.endpoint(config.base_model),
     )  # fmt: skip
+    check_targets(config, Path(base))
     if config.dataset == OWN_DATA:
-        return Path(base), read_rows(json_files(HERE))
+        return Path(base), read_rows({"instructions.jsonl": (HERE / "instructions.jsonl").read_text("utf-8")})
     data = snapshot_download(
         config.dataset, revision=config.dataset_revision, allow_patterns=DATA_FILES, repo_type="dataset",
         endpoint=hub.endpoint(config.dataset),

@@ -12,15 +12,15 @@ METRICS = ("eval_loss", "eval_accuracy")
 STRATEGIES = ("best", "last", "all")
 
 
-def what_to_keep(strategy: str, metric: str, greater_is_better: bool) -> dict:
+def what_to_keep(strategy: str, metric: str) -> dict:
     """What TrainingArguments calls load_best_model_at_end, save_total_limit=1 and neither, for the manager."""
     if strategy not in STRATEGIES or metric not in METRICS:
         raise ValueError(
             f"save-strategy is {strategy!r} and metric is {metric!r}: choose one of {', '.join(STRATEGIES)}, "
             f"and one of {', '.join(METRICS)}"
         )
-    if strategy == "best":  # and the last two, to go on from
-        return {"keep_best": (metric, "max" if greater_is_better else "min")}
+    if strategy == "best":  # and the last two, to go on from; of a loss the lowest, as TrainingArguments has it
+        return {"keep_best": (metric, "min" if metric.endswith("loss") else "max")}
     return {"keep_last": 1 if strategy == "last" else 1_000_000}
 
 
@@ -32,7 +32,6 @@ class MnistHuggingFaceFlow(FlowSpec):
     learning_rate = Parameter("learning-rate", default=5e-3, help="peak of the cosine schedule")
     save_strategy = Parameter("save-strategy", default="best", help="what is kept: best, last or all")
     metric = Parameter("metric", default="eval_loss", help="what best means: eval_loss or eval_accuracy")
-    greater_is_better = Parameter("greater-is-better", default=False, help="of the metric; true for eval_accuracy")
     save_every = Parameter("save-every", default="10", help="steps (20), time (10m) or both (500,10m)")
     push_to = Parameter("push-to", default="", help="a repository on the Hugging Face Hub; a new one is private")
     hub_strategy = Parameter("hub-strategy", default="every_save", help="when to push: end, every_save or checkpoint")
@@ -47,7 +46,7 @@ class MnistHuggingFaceFlow(FlowSpec):
         from train import TrainConfig, resolve
 
         # bad parameters are refused here, before anything is written and without retries
-        what_to_keep(self.save_strategy, self.metric, self.greater_is_better)
+        what_to_keep(self.save_strategy, self.metric)
         common.Publisher(self.push_to, strategy=self.hub_strategy)
         config = TrainConfig(
             dataset=self.dataset,
@@ -79,7 +78,7 @@ class MnistHuggingFaceFlow(FlowSpec):
                 allow_changes=self.allow_changes,
                 exact=self.exact,
                 card=current.card["training"],
-                **what_to_keep(self.save_strategy, self.metric, self.greater_is_better),
+                **what_to_keep(self.save_strategy, self.metric),
             ) as checkpoints,
         ):
             result = train(TrainConfig(**self.config), checkpoints)
@@ -92,6 +91,7 @@ class MnistHuggingFaceFlow(FlowSpec):
         self.next(self.evaluate)
 
     @card(type="blank")
+    @retry(times=4, minutes_between_retries=0)
     @model(load="classifier")  # by the artifact's name
     @step
     def evaluate(self):

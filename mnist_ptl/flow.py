@@ -63,6 +63,7 @@ class MnistLightningFlow(FlowSpec):
         self.next(self.evaluate)
 
     @card(type="blank")
+    @retry(times=4, minutes_between_retries=0)
     @model(load="classifier")  # by the artifact's name
     @step
     def evaluate(self):

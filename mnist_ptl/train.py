@@ -162,7 +162,7 @@ def train(config: TrainConfig, checkpoints: CheckpointManager) -> TrainResult:
         enable_model_summary=False,
     )
     trainer.fit(model, loader, val_loader, ckpt_path=ckpt_path, weights_only=True)
-    assert trainer.global_step == total_steps, f"{trainer.global_step} steps instead of {total_steps}"
+    assert trainer.should_stop or trainer.global_step == total_steps, f"{trainer.global_step} of {total_steps} steps"
 
     weights = torch.load(best_acc.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
     path = checkpoints.directory / "model"

@@ -61,7 +61,8 @@ class AugmentedDigits(Dataset):
     """Shifts each image by up to two pixels and adds noise.
 
     What happens to a sample is a pure function of (seed, epoch, index). So no state of a data loader has to be
-    saved, and neither the number of its workers nor how far they read ahead can change the result.
+    saved, and neither the number of its workers nor how far they read ahead can change the result. Only leave
+    persistent_workers off: such workers keep their first copy of the dataset, whose epoch never changes.
     """
 
     def __init__(self, images, labels, seed: int):

@@ -24,7 +24,7 @@ import common  # at the top on purpose: this is how Metaflow knows to package it
 class NimLoraFlow(FlowSpec):
     base_model = Parameter("base-model", default="local/tiny-llama-chat", help="a model of the Hub, or local/...")
     revision = Parameter("revision", default="main", help="of the model: a branch, a tag or a commit")
-    dialogues = IncludeFile("dialogues", default=__file__.replace("flow.py", "dialogues.jsonl"),
+    dialogues = IncludeFile("dialogues", default=__file__.removesuffix("flow.py") + "dialogues.jsonl",
                             help="JSON Lines with messages; used without --dataset")  # fmt: skip
     dataset = Parameter("dataset", default="dialogues", help="a data set of the Hub, with messages")
     dataset_revision = Parameter("dataset-revision", default="main", help="of the data set: branch, tag or commit")
@@ -45,8 +45,10 @@ class NimLoraFlow(FlowSpec):
     def start(self):
         from dataclasses import asdict
 
+        from chat_template import training_template
         from export import check_rank
-        from settings import MODEL_FILES, TrainConfig, load_dialogues, pinned
+        from settings import MODEL_FILES, TOKENIZER_FILES, TrainConfig, load_dialogues, pinned
+        from transformers import AutoTokenizer
 
         # bad parameters are refused here, before anything is written and without retries
         check_rank(self.lora_r, self.max_lora_rank)
@@ -57,13 +59,13 @@ class NimLoraFlow(FlowSpec):
         config = pinned(config)  # commits, which every retry uses
         self.config = asdict(config)
         self.rows = load_dialogues(config, self.dialogues)
+        repo = {"repo_id": config.base_model, "revision": config.revision,
+                "endpoint": common.hub.endpoint(config.base_model)}  # fmt: skip
         with common.hub.clear_errors(config.base_model, config.revision):
-            self.base = current.huggingface_hub.snapshot_download(
-                repo_id=config.base_model,
-                revision=config.revision,
-                allow_patterns=MODEL_FILES,
-                endpoint=common.hub.endpoint(config.base_model),
-            )
+            with current.huggingface_hub.load(**repo, allow_patterns=TOKENIZER_FILES) as found:
+                # whether it can be trained at all, before gigabytes are downloaded
+                training_template(AutoTokenizer.from_pretrained(found), config.base_model)
+            self.base = current.huggingface_hub.snapshot_download(**repo, allow_patterns=MODEL_FILES)
         self.next(self.train)
 
     @card(type="blank", id="training")  # how it went, and what it cost; refreshed while it trains
@@ -73,6 +75,8 @@ class NimLoraFlow(FlowSpec):
     @checkpoint(load_policy="none", show_card=False)  # the manager restores, and deletes what is not kept
     @step
     def train(self):
+        from pathlib import Path
+
         from settings import TrainConfig
         from train import train
 
@@ -91,8 +95,9 @@ class NimLoraFlow(FlowSpec):
                 card=current.card["training"],
             ) as checkpoints,
         ):
-            base = common.hub.private_copy(current.model.loaded["base"], self.config["revision"])
-            result = train(TrainConfig(**self.config), checkpoints, base, self.rows)
+            base = current.model.loaded["base"]  # it is only read
+            common.hub.verify(base, self.config["revision"])
+            result = train(TrainConfig(**self.config), checkpoints, Path(base), self.rows)
             publisher.model(result.adapter)
 
         self.history, self.weights_digest = result.history, result.weights_digest
@@ -103,6 +108,7 @@ class NimLoraFlow(FlowSpec):
         self.next(self.evaluate)
 
     @card(type="blank")
+    @retry(times=4, minutes_between_retries=0)
     @model(load=["base", "fused"])  # by the artifacts' names
     @step
     def evaluate(self):

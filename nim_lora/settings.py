@@ -8,6 +8,7 @@ from common import hub
 
 OWN_DATA = "dialogues"  # the file that ships with this example
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+TOKENIZER_FILES = [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"]
 
 Dialogue = list[dict[str, str]]  # messages with role and content, the last one from the assistant
 
@@ -54,12 +55,18 @@ def load_dialogues(config: TrainConfig, own: str | None = None) -> list[Dialogue
         from datasets import load_dataset
 
         with hub.clear_errors(config.dataset, config.dataset_revision, repo_type="dataset"):
-            rows = list(load_dataset(config.dataset, revision=config.dataset_revision, split="train"))
+            rows = list(enumerate(load_dataset(config.dataset, revision=config.dataset_revision, split="train"), 1))
     else:
         own = own or Path(__file__).with_name("dialogues.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in own.splitlines()]
+        rows = []
+        for number, line in enumerate(own.split("\n"), 1):  # splitlines() would also cut at a U+2028 in a text
+            if line.strip():
+                try:
+                    rows.append((number, json.loads(line)))
+                except ValueError as error:
+                    raise ValueError(f"{config.dataset}, row {number}: it must be one JSON object: {error}") from error
     dialogues = []
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         messages = row.get("messages") if isinstance(row, dict) else None
         texts = [(m.get("role"), m.get("content")) for m in messages] if messages else []
         if not texts or texts[-1][0] != "assistant" or not all(isinstance(t, str) for pair in texts for t in pair):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from chat_template import training_template
 from datasets import Dataset, disable_progress_bars
 from export import CONFIG, WEIGHTS, check_adapter
 from huggingface_hub import snapshot_download
@@ -79,6 +80,8 @@ def train(
     learn, held_out = [d for n, d in enumerate(dialogues) if n % 8], dialogues[::8]
     seed_everything(config.seed)
     model = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer.chat_template = training_template(tokenizer, config.base_model)  # only to learn with
     gpu = torch.cuda.is_available()
 
     checkpoint = CheckpointCallback(checkpoints)  # saves when due, or when asked to stop
@@ -95,7 +98,7 @@ def train(
         ),
         train_dataset=Dataset.from_list([{"messages": dialogue} for dialogue in learn]),
         eval_dataset=Dataset.from_list([{"messages": dialogue} for dialogue in held_out]),
-        processing_class=AutoTokenizer.from_pretrained(base_model),
+        processing_class=tokenizer,
         peft_config=LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
             target_modules=TARGET_MODULES, task_type="CAUSAL_LM",
@@ -144,11 +147,12 @@ def fuse(base_model: Path, adapter: Path, path: Path) -> Path:
 def answers(model_path: str, questions: list[str], max_new_tokens: int = 40) -> list[str]:
     """What a saved model says to each question, greedily."""
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto").eval().to(device)
     found = []
     for question in questions:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                               return_dict=True, return_tensors="pt")  # fmt: skip
+                                               return_dict=True, return_tensors="pt").to(device)  # fmt: skip
         output = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
         found.append(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return found

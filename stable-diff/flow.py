@@ -73,6 +73,7 @@ class StableDiffFlow(FlowSpec):
             )
         print(f"{repo} at commit {self.commit}")
 
+    @retry(times=4, minutes_between_retries=0)
     @step
     def models(self, inputs):
         self.config = inputs.fetch_image_model.config
@@ -89,7 +90,7 @@ class StableDiffFlow(FlowSpec):
         from generate import GenerateConfig, Model, make_images, peak_memory
 
         config = GenerateConfig(**self.config)
-        with self.manager() as checkpoints:
+        with self.manager(self.resume_from) as checkpoints:
             callback = self.callback(checkpoints, config, total_items=len(config.prompts))
             source = Model(current.model.loaded["image_model"], self.image_commit)
             outputs = make_images(config, source, callback)
@@ -112,7 +113,7 @@ class StableDiffFlow(FlowSpec):
         from common.diffusers import read_pixels
 
         config = GenerateConfig(**self.config)
-        with self.manager() as checkpoints:
+        with self.manager(self.reached()) as checkpoints:
             callback = self.callback(checkpoints, config, total_items=len(self.indices) + self.input + 1)
             image = read_pixels(current.model.load(self.references[self.input]))
             source = Model(current.model.loaded["video_model"], self.video_commit)
@@ -162,11 +163,22 @@ class StableDiffFlow(FlowSpec):
         resumed = f", resumed at step {', '.join(map(str, self.resumed_from))}" if self.resumed_from else ""
         print(f"{len(self.history)} items, seed {self.config['seed']}{resumed}; outputs {self.outputs_digest[:16]}")
 
-    def manager(self):
+    def reached(self):
+        """``resume_from``, if that run has a checkpoint of this clip; "" if it died before: begin at zero then."""
+        run, _, step = self.resume_from.rpartition("/")[2].partition("@")
+        for reference in current.checkpoint.list(full_namespace=True):  # of this clip, of all runs
+            if reference["pathspec"].split("/")[1] == run and step in ("", str(reference["metadata"]["step"])):
+                return self.resume_from
+        if run:
+            clip = f"clip {self.input + 1}"
+            print(f"[checkpoints] {self.resume_from} has no checkpoint of {clip} to continue from", flush=True)
+        return ""
+
+    def manager(self, resume_from):
         return common.CheckpointManager(
             current.checkpoint,
             save_every=self.save_every,
-            resume_from=self.resume_from,
+            resume_from=resume_from,
             allow_changes=self.allow_changes,
             exact=self.exact,
         )

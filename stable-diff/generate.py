@@ -77,13 +77,13 @@ def load_pipeline(kind: str, model: Model, config: GenerateConfig):
         options |= {"variant": config.image_variant or None, "add_watermarker": False}
         pipe = StableDiffusionXLPipeline.from_pretrained(model.path, **options)
         pipe.scheduler = SCHEDULERS[config.image_scheduler].from_config(pipe.scheduler.config)
+        if config.vae_slicing:
+            pipe.vae.enable_slicing()
     else:
         pipe = StableVideoDiffusionPipeline.from_pretrained(model.path, variant=config.video_variant or None, **options)
         if config.video_forward_chunking:
             pipe.unet.enable_forward_chunking()
     pipe.set_progress_bar_config(disable=True)
-    if config.vae_slicing:
-        pipe.vae.enable_slicing()
     if gpu and config.cpu_offload:
         pipe.enable_model_cpu_offload()
     elif gpu:
@@ -95,7 +95,9 @@ def request(kind: str, config: GenerateConfig, model: Model, index: int, **more)
     """Everything that the pixels of an item depend on: equal requests give equal pixels."""
     options = {key: value for key, value in config.what.items() if key.startswith(f"{kind}_")}
     del options[f"{kind}_revision"]  # two names of one commit give the same pixels
-    options |= {key: getattr(config, key) for key in ("width", "height", "negative_prompt", "vae_slicing")}
+    options |= {"width": config.width, "height": config.height}
+    if kind == "image":  # Stable Video Diffusion has neither a prompt nor a VAE that slices
+        options |= {"negative_prompt": config.negative_prompt, "vae_slicing": config.vae_slicing}
     prompt = config.prompts[index]
     return {
         **options, **more, "commit": model.commit, "prompt": prompt, "index": index,
@@ -179,7 +181,7 @@ def peak_memory() -> str:
 
 
 def download(repo: str, revision: str, variant: str) -> Model:
-    """Into the Hub client's own cache; the flow keeps it in Metaflow's datastore instead."""
+    """Into models/ of the working directory; the flow keeps it in Metaflow's datastore instead."""
     commit = hub.resolve(repo, revision)
     with hub.clear_errors(repo, commit):
         target = Path("models", f"{repo.replace('/', '--')}-{commit[:12]}")

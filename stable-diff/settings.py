@@ -50,7 +50,7 @@ class GenerateConfig:
 
     video_forward_chunking: bool = False  # less memory, more time
 
-    vae_slicing: bool = False  # decode one image of a batch at a time
+    vae_slicing: bool = False  # of images: decode one of a batch at a time; the video model has no such switch
     cpu_offload: bool = True  # on a GPU: only the part of the pipeline that is at work lies there
     checkpoint_every_steps: int = _key(0, low=0)  # save an unfinished item after so many denoising steps; 0: never
 

@@ -30,6 +30,10 @@ os.environ.pop("FAULTS", None)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background; tests press Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from hypothesis import settings  # noqa: E402
+
+settings.load_profile("ci")  # no limits of time: a machine may be busy
+
 import gallery  # noqa: E402
 import preforked  # noqa: E402
 

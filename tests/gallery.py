@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import glob
 import json
 import os
 import re
@@ -53,6 +54,12 @@ class Example:
         return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
+def below(root: Path, pattern: str) -> list[Path]:
+    """What ``root.rglob(pattern)`` finds, also while others delete directories, where that fails before Python 3.13."""
+    found = glob.glob(f"**/{pattern}", root_dir=root, recursive=True, include_hidden=True)
+    return [root / name for name in sorted(found)]
+
+
 def discover() -> list[Example]:
     """Every example in the repository; a new directory is under test by existing."""
     return [Example(path.parent) for path in sorted(REPO.glob("*/example.toml"))]
@@ -85,7 +92,7 @@ class FlowRun:
     def cards(self, step: str, name: str = "*") -> list[Path]:
         """The cards of a step, of all its tasks and attempts."""
         root = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"])
-        return list(root.rglob(f"{self.run_id}/steps/{step}/**/{name}.html"))
+        return below(root, f"{self.run_id}/steps/{step}/**/{name}.html")
 
     def card_data(self, step: str, name: str = "*") -> str:
         """What these cards show, as the text of their data."""

@@ -30,7 +30,11 @@ class Gangs:
     def __init__(self) -> None:
         self._scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._parent = subprocess.Popen(
-            [sys.executable, __file__], cwd=self._scratch.name, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [preforked.python_of(REPO / "cifar_distributed" / "flow.py"), __file__],
+            cwd=self._scratch.name,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self._straight: dict[str, dict[str, Any]] = {}
         self.run({"ranks": 1, "faults": ""}, config={"epochs": 1})  # lets the parent import what is imported late

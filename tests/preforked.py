@@ -3,8 +3,8 @@
 A flow is dozens of processes, each of which imports Metaflow, and some their framework for seconds, before they do
 something; most of the suite's time was that. So the flows of the tests run on a ``python`` that has done its imports
 already (:func:`python_of`), also those that an earlier start turned out to do late. Everything else is as it is: every
-task is a process of its own, with its own random states, that dies by SIGKILL. Gangs take the real python, and so does,
-with ``--all``, the uninterrupted run that the others are compared with.
+task is a process of its own, with its own random states, that dies by SIGKILL. With ``--all`` the uninterrupted run
+that the others are compared with takes the real python; the gang whose nodes and ranks are watched dying always does.
 
 ``Preforked`` puts a stand-in of the command's name into a directory for the PATH. The stand-in hands its arguments,
 directory, environment and standard streams to the process that has imported the real command, waits for the fork that
@@ -37,17 +37,20 @@ import stand_in
 class Preforked:
     """Serves ``command``; its real code is ``main``, ``"module:function"``. ``directory`` is for the PATH.
 
-    ``imports`` are names of modules or import statements.
+    ``imports`` are names of modules or import statements. The processes of a gang die with those that start them.
     """
 
-    def __init__(self, command: str, main: str, imports: list[str], env: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self, command: str, main: str, imports: list[str], env: Mapping[str, str] = os.environ, of_a_gang: bool = False
+    ) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="preforked-")
         self.directory = Path(self._scratch.name)
         address = self.directory / "socket"
         env, ask = dict(env), f"ask({str(address)!r})"
         if command == "python":
-            seen = f"{stand_in.seen_by_imports(env)!r}, {stand_in.seen_by_metaflow(env)!r}"
-            ask = f"ask_python({str(address)!r}, {sys.executable!r}, {seen})"
+            by_metaflow = stand_in.seen_by_metaflow(env) if any(map(_is_metaflow, imports)) else None
+            seen = f"{stand_in.seen_by_imports(env)!r}, {by_metaflow!r}"
+            ask = f"ask_python({str(address)!r}, {sys.executable!r}, {seen}, {of_a_gang})"
         else:
             env["PYTHONHASHSEED"] = "0"  # what train.py asks for; a fork cannot choose another
         line = [sys.executable, __file__, str(address), main, *imports]
@@ -74,17 +77,16 @@ def python_of(script: Path, env: Mapping[str, str] = os.environ) -> str:
     """A ``python`` that has imported what a script imports, and what the other files of its example import.
 
     It has done so with the variables of ``env``; a process with others does it anew, as far as imports read them.
-    A gang gets the real python: its nodes are processes of the control task and die with it, not with a stand-in.
     """
     flow = script.with_name("flow.py")
     script = flow if flow.exists() else script
-    if "num_parallel" in script.read_text():
-        return sys.executable
     key = script, json.dumps([stand_in.seen_by_imports(env), stand_in.seen_by_metaflow(env)])
     if key not in _python:
         if script not in {other for other, _ in _python}:
             close()
-        _python[key] = Preforked("python", "preforked:script", _imports(script), env)
+        of_a_gang = "num_parallel" in script.read_text()
+        imports = [*_imports(script), *(stand_in.MODULES if of_a_gang else ())]
+        _python[key] = Preforked("python", "preforked:script", imports, env, of_a_gang)
     return str(_python[key].directory / "python")
 
 
@@ -110,7 +112,8 @@ def _imports(script: Path) -> list[str]:
 
 
 def _is_metaflow(statement: str) -> bool:
-    return statement.split()[1].partition(".")[0] == "metaflow"
+    name = [*statement.split(), ""][1]  # "import name", "from name import ..."; a bare name is not Metaflow's
+    return name.partition(".")[0] == "metaflow" or name == "common.torchrun"  # which imports it
 
 
 def serve(address: str, main: str, imports: list[str]) -> None:
@@ -121,7 +124,7 @@ def serve(address: str, main: str, imports: list[str]) -> None:
     module, _, function = main.partition(":")
     sys.modules["preforked"] = sys.modules["__main__"]
     before = dict(os.environ)
-    of_metaflow = [name for name in imports if " " in name and _is_metaflow(name)]
+    of_metaflow = [name for name in imports if _is_metaflow(name)]
     do_imports([*(name for name in imports if name not in of_metaflow), module])
     if of_metaflow:
         if "metaflow" in sys.modules:
@@ -186,7 +189,10 @@ def answer(connection: socket.socket, main, late: Path) -> None:
     size, streams, _, _ = socket.recv_fds(connection, 8, 3)
     request, wanted = b"", int.from_bytes(size, "little")
     while len(request) < wanted:
-        request += connection.recv(wanted - len(request))
+        part = connection.recv(wanted - len(request))
+        if not part:
+            os._exit(1)  # the stand-in was killed before it had said what it wants
+        request += part
     pid = os.fork()
     if pid == 0:
         run(main, streams, json.loads(request), late)
@@ -233,18 +239,23 @@ def run(main, streams: list[int], request: dict, late: Path) -> None:
 
 
 def script() -> None:
-    """What ``python [-u] script.py ...`` does."""
+    """What ``python [-u] script.py ...`` does, or ``python -m module ...``."""
     sys.executable = sys.argv.pop(0)
     while sys.argv[0] == "-u":
         sys.argv.pop(0)
     sys.stdout.reconfigure(line_buffering=True, write_through=True)
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    is_module = sys.argv[0] == "-m"
+    sys.path[0] = str(Path.cwd() if is_module else Path(sys.argv[0]).resolve().parent)
     # a fork would draw the numbers that every other fork draws; what is not seeded must differ
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
     if "torch" in sys.modules:
         sys.modules["torch"].seed()
+    if is_module:
+        sys.modules.pop(sys.argv[1], None)  # run_module does not want to find it there
+        runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+        return
     # Metaflow puts some of its classes there when it is imported, to be found by pickle
     by_metaflow = {name: value for name, value in vars(sys.modules["preforked"]).items() if name not in _OWN}
     runpy.run_path(sys.argv[0], by_metaflow, run_name="__main__")

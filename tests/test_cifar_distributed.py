@@ -1,6 +1,7 @@
 """What is special about the gang: every rank dies at every step, whole nodes die, the number of ranks changes."""
 
 import contextlib
+import importlib.util
 import os
 import re
 import signal
@@ -15,8 +16,9 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import preforked
 import pytest
-from gallery import REPO, Example, FlowRun, run_flow
+from gallery import REPO, Example, FlowRun, below, run_flow
 from gang import Gangs
 
 from common import torchrun
@@ -32,6 +34,16 @@ def gangs():
     gangs = Gangs()
     yield gangs
     gangs.close()
+
+
+@pytest.fixture(scope="module")
+def module():
+    """cifar_distributed/train.py, by a name that no other example's has."""
+    spec = importlib.util.spec_from_file_location("cifar_distributed_train", EXAMPLE.path / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def ranks(number: int, faults: str = "") -> dict:
@@ -69,7 +81,7 @@ def test_nodes_die_as_a_whole_twice_in_one_run(gangs):
     assert resumed and resumed == sorted(resumed) and set(resumed) <= {2, 4, 6}
     assert "RankLost: rank 3 of 4 lost the others after step" in answer["output"]
     line = re.search(
-        r"\[gang\] each of 4 ranks continues .*/(step-\S+): step [24], epoch [01], (val_)?loss 2\.[0-9]+",
+        r"\[gang\] each of 4 ranks continues .*/(step-\S+): step [246], epoch [01], (val_)?loss 2\.[0-9]+",
         answer["output"],
     )
     assert line, "the start line does not name what it continues"
@@ -89,6 +101,17 @@ def test_one_rank_is_asked_to_stop_and_takes_the_others_along(gangs):
     assert_same(gangs.straight(2), answer)
     trained = Counter(line for attempt in answer["ids"] for rank in attempt for line in rank)
     assert set(trained.values()) == {1}, "samples were trained twice although the state was saved"
+
+
+def test_the_last_batch_of_an_epoch_has_fewer_images_than_there_are_ranks(gangs):
+    """1,433 images, 358 in a step: in the last step of an epoch rank 1 has none, and takes part all the same."""
+    config = {"batch_size": 358}
+    straight = gangs.straight(2, **config)
+    answer = gangs.run(ranks(2, "term@step=4"), ranks(2), config=config)
+    assert answer["result"] and answer["result"]["resumed_from"] == [4], answer["output"][-3000:]
+    assert_same(straight, answer)
+    trained = Counter(line for attempt in answer["ids"] for rank in attempt for line in rank)
+    assert len(trained) == 2 * 1433 and set(trained.values()) == {1}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -165,6 +188,40 @@ def test_validation_counts_each_image_once(gangs):
             assert right == pytest.approx(round(right), abs=1e-6)
 
 
+# -------------------------------------------------------------------- GPUs, of which there is none here
+
+
+@pytest.mark.parametrize(
+    ("places", "rank", "device"),
+    [
+        ([("laptop", 0)], 0, "cpu"),
+        ([("laptop", 1)], 0, "cuda:0"),  # python train.py, where nothing sets LOCAL_RANK
+        ([("laptop", 1)] * 2, 1, "cpu"),  # two nodes on one machine: NCCL refuses two ranks on one GPU
+        ([("laptop", 2)] * 2, 1, "cuda:1"),  # the same with two GPUs, where LOCAL_RANK is 0 in both
+        ([("a", 2), ("a", 2), ("b", 2), ("b", 2)], 3, "cuda:1"),
+        ([("a", 1), ("b", 1), ("b", 1)], 0, "cpu"),  # all or none
+    ],
+)
+def test_each_rank_has_a_gpu_of_its_own_or_all_have_none(module, monkeypatch, capsys, places, rank, device):
+    def all_gather_object(answers: list, mine: tuple) -> None:
+        assert mine == places[rank]
+        answers[:] = places
+
+    chosen = []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(module.socket, "gethostname", lambda: places[rank][0])
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: places[rank][1] > 0)
+    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: places[rank][1])
+    monkeypatch.setattr(module.torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    monkeypatch.setattr(module.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: len(places))
+    monkeypatch.setattr(module.dist, "all_gather_object", all_gather_object)
+    assert str(module.choose_device()) == device
+    assert chosen == ([] if device == "cpu" else [device])
+    if rank == 0 and device == "cpu" and places[0][1]:
+        assert f"{len(places)} ranks have no GPU each: they train on the CPU" in capsys.readouterr().out
+
+
 # -------------------------------------------------------------------- whole flows
 
 
@@ -229,7 +286,7 @@ class WatchedRun:
         while not ("attempt 2" in seen and "loss" in seen):
             assert time.monotonic() < deadline, f"no card while the gang trains: {seen[:2000]}"
             time.sleep(0.2)
-            for path in root.rglob(f"{self.run_id}/steps/train/**/runtime/blank-training-*.data.json"):
+            for path in below(root, f"{self.run_id}/steps/train/**/runtime/blank-training-*.data.json"):
                 with contextlib.suppress(OSError):
                     seen = path.read_text()
 
@@ -245,6 +302,11 @@ class WatchedRun:
             time.sleep(0.2)
 
 
+def options_of(config: dict[str, object]) -> list[str]:
+    """On the command line of flow.py."""
+    return [word for name, value in config.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
 def attempt_of(pid: int) -> int | None:
     with contextlib.suppress(OSError):  # it has just ended
         return int(re.search(r"METAFLOW_CHECKPOINT_UID=[^\0]*/([0-9]+)\0", Path(f"/proc/{pid}/environ").read_text())[1])
@@ -256,13 +318,12 @@ def test_a_gang_fails_in_every_way_and_ends_the_same(gangs):
     Each says so and is retried, and the card of the last one has it all.
     """
     config = {"epochs": 4, "batch_size": 240, "backgrounds": 4, "width": 4, "dropout": 0.2}
-    arguments = [word for name, value in config.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1] - 1  # a retry takes the next one
         run = WatchedRun(
-            *arguments, "--timeout", "15", "--master-port", str(port), "--save-every", "5",
+            *options_of(config), "--timeout", "30", "--master-port", str(port), "--save-every", "5",
             faults="hang@step=30,attempt=2,rank=1", startup=LATE,
             when={(1, "the port where the ranks meet is taken"): WatchedRun.no_orphans,
                   (2, "[faults] hang@step=30"): WatchedRun.has_a_card,
@@ -282,6 +343,8 @@ def test_a_gang_fails_in_every_way_and_ends_the_same(gangs):
     straight = gangs.straight(2, **config)["result"]  # the same training without Metaflow
     assert flow.data.weights_digest == straight["weights_digest"] and flow.data.history == straight["history"]
     assert len(flow.data.resumed_from) == 2 and flow.data.resumed_from[-1] == int(task[4])
+    right = flow.data.accuracy * len(photo_digits(1).test_labels)
+    assert right == pytest.approx(round(right), abs=1e-6), "the classes differ in size, and each image counts once"
     assert not processes(run.run_id)
 
     shown = re.search(r"the card of the whole training: --hash (\w+)", run.attempts[4])
@@ -289,6 +352,35 @@ def test_a_gang_fails_in_every_way_and_ends_the_same(gangs):
     for words in ("interrupted twice", "attempt 2: killed", "attempt 3: resumed at", "rank lost at", "val_loss"):
         assert words in card, words
     assert not [card for card in flow.cards("train", "blank-training-*") if "_node_1" in str(card)], "an empty one"
+
+
+def run_killed_at(step: int, *arguments: str) -> str:
+    """``flow.py run``, whose runner gets SIGKILL while rank 0 hangs at ``step``. Returns the run's id."""
+    fault = f"hang@step={step}"
+    cwd = Path(tempfile.mkdtemp(dir=os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"]))
+    script = EXAMPLE.path / "flow.py"
+    command = [preforked.python_of(script), str(script), "run", "--run-id-file", "run_id", *arguments]
+    env = {**os.environ, "FAULTS": fault}
+    flow = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = ""
+    for line in flow.stdout:
+        output += line
+        if f"[faults] {fault}" in line:
+            flow.kill()
+    assert flow.wait(timeout=900) == KILLED, output[-3000:]
+    return (cwd / "run_id").read_text().strip()
+
+
+def test_a_run_whose_runner_was_killed_is_resumed(gangs):
+    """Metaflow's ``resume`` continues it, and not the run that it had continued itself."""
+    config = {"epochs": 4, "batch_size": 240, "backgrounds": 1, "width": 4, "dropout": 0.2}
+    arguments = [*options_of(config), "--save-every", "2"]
+    first = run_killed_at(9, *arguments)
+    second = run_killed_at(21, *arguments, "--resume-from", first)
+    resumed = run_flow(EXAMPLE, "--origin-run-id", second, command="resume")
+    assert f"of CifarDistributedFlow/{second}/train/" in resumed.output, resumed.output[-3000:]
+    straight = gangs.straight(2, **config)["result"]
+    assert resumed.data.weights_digest == straight["weights_digest"] and resumed.data.history == straight["history"]
 
 
 @pytest.mark.slow  # two nodes do the same in the ordinary suite, at the size of a test

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import toy
 from gallery import REPO, Example, run_flow
 
-from common import CheckpointManager, TrainState, commands
+from common import CheckpointManager, TrainState, commands, metaflow_store
 from common.__main__ import COMPLETE, main
 from common.commands import parse_age, parse_best
 from common.errors import CheckpointError
@@ -172,6 +173,11 @@ def test_diff(cli, tmp_path):
     assert result["config"] == ["learning_rate: 1.0 -> 1.5"] and result["metrics"] == ["loss: 1.0 -> 1.5"]
     status, text, _ = cli("diff", tmp_path / "a", tmp_path / "b")
     assert status == 0 and re.search(r"model/value +F32 8x4 +3.1% +0.5 +0.5", text)
+    for damage in (lambda path: os.truncate(path, 100), Path.unlink):
+        (damaged,) = (tmp_path / "b").glob("step-*/state.safetensors")
+        damage(damaged)
+        status, text, error = cli("diff", tmp_path / "a", tmp_path / "b")
+        assert (status, text) == (1, "") and "state.safetensors" in error, "nothing differs where there is nothing"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float16", "int64", "bool", "complex64"])
@@ -228,6 +234,72 @@ def test_export_of_a_frameworks_files(cli, task, tmp_path):
     assert status == 2 and "--format hf" in error
 
 
+@pytest.fixture(params=["directory", "datastore"])
+def living(request, task, tmp_path):
+    """What names the checkpoints of a training that goes on, and a function that makes it do so, once."""
+    where = f"Living{uuid.uuid4().hex}/1/train/7" if request.param == "datastore" else str(tmp_path / "living")
+    place = task(where) if request.param == "datastore" else where
+    with CheckpointManager(place, save_every=1, keep_last=1) as checkpoints:
+        state = toy.new_state()
+        checkpoints.restore(state)
+
+        def train_on():
+            checkpoints.step(state)
+            return checkpoints.latest  # waits for the save
+
+        train_on()
+        yield where, train_on
+
+
+@pytest.mark.parametrize(
+    ("living", "function", "early"),
+    [
+        ("directory", (commands, "_files"), True),
+        ("directory", (commands, "_files"), False),
+        ("datastore", (metaflow_store, "_pairs"), False),
+    ],
+    indirect=["living"],
+)
+def test_a_list_is_made_while_a_training_deletes(cli, living, monkeypatch, function, early):
+    """What is deleted while its files, manifest or record are read is neither listed nor called damaged."""
+    target, train_on = living
+    original, calls = getattr(*function), []
+
+    def meanwhile(*arguments):
+        calls.append(arguments)
+        if early and len(calls) == 1:
+            train_on()
+        result = list(original(*arguments))
+        if not early and len(calls) == 1:
+            train_on()
+        return result
+
+    monkeypatch.setattr(*function, meanwhile)
+    status, text, error = cli("list", target)
+    assert status == 2 and "there are no checkpoints" in error, error
+    assert calls and [item["step"] for item in json.loads(cli("list", target, "--json")[1])] == [2]
+
+
+def test_what_is_deleted_while_it_is_read_is_not_called_damaged(cli, living, tmp_path, monkeypatch):
+    target, train_on = living
+    find = commands.find
+
+    def and_then_it_trains_on(target):
+        found = find(target)
+        train_on()
+        return found
+
+    monkeypatch.setattr(commands, "find", and_then_it_trains_on)
+    status, text, error = cli("verify", target)
+    assert (status, text) == (0, "") and "step 1  was deleted by its training meanwhile" in error
+    for arguments in (["diff", target, target], ["export", target, tmp_path / "new"]):
+        status, _, error = cli(*arguments)
+        assert status == 2 and "was deleted while it was read" in error and "Try again" in error, error
+    assert not (tmp_path / "new").exists(), "half of an export"
+    monkeypatch.undo()
+    assert cli("verify", target)[0] == 0
+
+
 def test_prune_spares_what_is_needed(cli, task, finished):
     """The newest valid one, the best, the named, and everything of a task that has not finished."""
     toy.run(task("Running/1/train/7"), keep_last=5)
@@ -252,11 +324,17 @@ def test_without_its_protections_prune_takes_them(task, monkeypatch):
     place, found = commands.find("Careless")
     assert not any(item.delete for item in commands.plan(place, found, keep_last=1))
     flip(path_of(found[-1].plain()) / "state.safetensors")
-    spared = [item.checkpoint for item in commands.plan(place, found, keep_last=1, unfinished=True) if not item.delete]
-    assert spared == found[-2:], "the damaged one by the rule, the one before it because it is the newest valid one"
+
+    def spared():
+        return [item for item in commands.plan(place, found, keep_last=1, unfinished=True) if not item.delete]
+
+    (best,) = (item for item in found if "best loss" in item.kept)
+    assert best not in found[-2:] and [item.checkpoint for item in spared()] == [best, *found[-2:]]
+    assert [item.why for item in spared()] == ["the best loss", "the newest valid one", "by the rules"]
     monkeypatch.setattr(commands, "check", lambda *_: [])
-    spared = [item.checkpoint for item in commands.plan(place, found, keep_last=1, unfinished=True) if not item.delete]
-    assert spared == found[-1:]
+    assert [item.checkpoint for item in spared()] == [best, found[-1]]
+    monkeypatch.setattr(commands, "rule_of", lambda *_: None)
+    assert [item.checkpoint for item in spared()] == found[-1:]
 
 
 def test_prune_in_a_directory(cli, tmp_path, monkeypatch):

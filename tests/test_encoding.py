@@ -1,8 +1,14 @@
 """The encoding is exact, and refuses what it cannot say exactly."""
 
 import collections
+import contextlib
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +16,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import common.snapshot
 from common import CheckpointManager, TrainState
-from common.encoding import History, decode, encode, plain_json
+from common.encoding import Array, History, decode, encode, plain_json
 from common.errors import CheckpointError, InvalidCheckpoint
 from common.snapshot import Snapshot, StateFile
 
@@ -148,16 +155,84 @@ def tensors_of_every_kind(torch, device):
     }
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_tensors_of_every_kind_may_change_right_after_save(tmp_path, device):
+def test_tensors_of_every_kind_may_change_right_after_save(tmp_path):
     """G6: save() returns when the state is copied; what an optimizer does in place a moment later is not in it."""
-    torch = pytest.importorskip("torch", reason="torch is not among this example's requirements")
-    if device == "cuda" and not torch.cuda.is_available():
+    pytest.importorskip("torch", reason="torch is not among this example's requirements")
+    save_and_change(tmp_path, "cpu")
+
+
+def test_the_same_on_a_gpu(tmp_path):
+    """In a process of its own, because conftest.py hides the GPUs from all others."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None or "GPU 0" not in subprocess.run([smi, "-L"], capture_output=True, text=True).stdout:
         pytest.skip("no GPU here")
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    code = "import sys; import pathlib, test_encoding as t; t.save_and_change(pathlib.Path(sys.argv[1]), 'cuda')"
+    line = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(line, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_way_from_a_gpu_with_stand_ins_for_its_streams(tmp_path, monkeypatch):
+    """What is copied to where, and that the step in progress is waited for before, and the copies after."""
+    torch = pytest.importorskip("torch", reason="torch is not among this example's requirements")
+    log = []
+
+    class Stream:
+        def __init__(self, device):
+            log.append(f"stream for {device}")
+
+        def wait_stream(self, current):
+            log.append(f"wait for {current}")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+    @contextlib.contextmanager
+    def queue(stream):
+        yield
+        log.append("queued")
+
+    tree = tensors_of_every_kind(torch, "cpu")
+    expected = {name: tensor.detach().clone().resolve_conj() for name, tensor in tree.items()}
+    arrays = encode(tree)[1]
+    monkeypatch.setattr(Array, "on_gpu", True)
+    for name, stand_in in {"Stream": Stream, "stream": queue, "current_stream": lambda device: "the step",
+                           "is_initialized": lambda: True}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(
+        common.snapshot, "_pin", lambda buffer: log.append("pinned") or (lambda: log.append("unpinned"))
+    )
+    snapshot = Snapshot()
+    snapshot.reserve(10, pinned=True)
+    for number in range(2):
+        log.clear()
+        snapshot.take(arrays)
+        larger = ["unpinned", "pinned"] if number == 0 else []
+        before = [*larger, "stream for cpu", "wait for the step"]
+        assert log == [*before, *["queued"] * len(tree), "synchronize"]
+        with torch.no_grad():
+            for tensor in tree.values():
+                tensor.fill_(1) if tensor.is_conj() else tensor.zero_()
+        snapshot.write(tmp_path / f"{number}.safetensors")
+        stored = StateFile(tmp_path / f"{number}.safetensors")
+        found = {name: stored.tensor(name) for name in tree}
+        stored.read()
+        for name, tensor in found.items():
+            assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+        with torch.no_grad():
+            for name, tensor in tree.items():
+                tensor.copy_(expected[name])
+
+
+def save_and_change(directory, device):
+    """Save tensors of every kind on a device, change them at once, and compare what was saved."""
+    import torch
+
     tree = tensors_of_every_kind(torch, device)
     expected = {name: tensor.detach().clone().resolve_conj().cpu() for name, tensor in tree.items()}
     state = CheckpointedTree(tree)
-    with CheckpointManager(tmp_path) as checkpoints:
+    with CheckpointManager(directory) as checkpoints:
         checkpoints.restore(state)
         for step in range(1, 4):  # the buffer is used again
             state.step = step
@@ -212,11 +287,43 @@ def _small_file(factory) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, lambda: 0, np.array([object()]), {"deep": [{"er": object()}]}])
+def test_what_numpy_has_beside_plain_arrays(tmp_path):
+    """The order in memory decides in which order a sum is made; names of classes are numpy's own strings."""
+    fortran = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    tree = {"f": fortran, "labels": list(np.unique(["cat", "dog"])), "raw": np.bytes_(b"x"), "buffer": bytearray(b"y")}
+    back = through_a_file(tree, tmp_path)
+    assert same(back, tree) and back["f"].flags.f_contiguous and not back["f"].flags.c_contiguous
+
+
+def test_another_default_device(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.set_default_device("meta")  # as people write "cuda"
+    try:
+        assert through_a_file({"x": torch.ones(3, device="cpu")}, tmp_path)["x"].tolist() == [1, 1, 1]
+    finally:
+        torch.set_default_device(None)
+
+
+def test_a_tensor_without_memory_is_refused():
+    torch = pytest.importorskip("torch")
+    tensor = torch.ones(1000)
+    tensor.untyped_storage().resize_(0)  # as FSDP does with what it has sharded; a DTensor has none, either
+    with pytest.raises(CheckpointError, match="cannot save deep/er: a Tensor that has no memory of its own"):
+        encode({"deep": {"er": tensor}})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(), {1, 2}, lambda: 0, np.array([object()]), {"deep": [{"er": object()}]}, np.arange(3, dtype=">f4"),
+        np.array(["a"]), np.ma.masked_array([1, 2]), np.datetime64("2026"), np.timedelta64(3, "s"), np.longdouble(1),
+        collections.defaultdict(int),
+    ],
+)  # fmt: skip
 def test_what_has_no_exact_form_is_refused_by_path(value):
     with pytest.raises(CheckpointError, match="cannot save part") as error:
         encode({"part": value})
-    if isinstance(value, dict):
+    if type(value) is dict:
         assert "part/deep/0/er" in str(error.value)
 
 

@@ -1,5 +1,7 @@
 """FAULTS: read strictly, noted before they fire, and fired once."""
 
+import json
+
 import pytest
 
 from common.errors import CheckpointError, FaultInjected
@@ -64,5 +66,7 @@ def test_a_fault_of_a_rank_that_is_not_there_is_an_error():
         Faults(log(), "raise@step=3,rank=1").at_step(3)
 
 
-def test_a_log_cut_short_by_a_kill_is_read_up_to_there():
-    assert parse('{"event": "a"}\n{"event": "b"}\n{"eve') == [{"event": "a"}, {"event": "b"}]
+def test_what_a_kill_or_a_bad_disk_leaves_of_a_log_is_read():
+    first, second = ({"event": name, "time": "2026-11-29T07:00:00"} for name in "ab")
+    damage = ["null", "[]", '{"evenu": "x"}', json.dumps(first)[:9]]
+    assert parse("\n".join([json.dumps(first), *damage[:3], json.dumps(second), damage[3]])) == [first, second]

@@ -4,18 +4,21 @@ The first half watches a stand-in for such a program, which leaves behind the sa
 runs everywhere. The second half needs LLaMA-Factory, and runs in the example's own environment.
 """
 
+import importlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from gallery import REPO, Example, run_flow
+from gallery import REPO, Example, below, run_flow
 
 from common import CheckpointError, CheckpointManager, StopRequested
 from common.foreign import ForeignTrainer, TrainerFailed, check_arguments, history, read_state
@@ -190,7 +193,7 @@ def test_nothing_of_a_killed_task_lives_on(tmp_path, sabotage, orphans):
     code = ATTEMPT.format(path=[str(REPO / "tests")], mark=mark, sabotage=sabotage)
     with subprocess.Popen([sys.executable, "-c", code, "hang after 3"], cwd=tmp_path) as task:
         deadline = time.monotonic() + 60
-        while not (found := list(tmp_path.rglob("worker"))) or not found[0].read_text():
+        while not (found := below(tmp_path, "worker")) or not found[0].read_text():
             assert time.monotonic() < deadline and task.poll() is None
             time.sleep(0.05)
         pids = [int((found[0].parent / name).read_text()) for name in ("pid", "worker")]
@@ -229,6 +232,16 @@ def test_what_cannot_be_continued_exactly_is_refused(arguments, message):
 
 # ---------------------------------------------------------------- with LLaMA-Factory
 
+
+def module(name: str):
+    """A file of the example."""
+    sys.path.insert(0, str(EXAMPLE.path))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(EXAMPLE.path))
+
+
 ONE_ATTEMPT = """
 import os, sys
 from pathlib import Path
@@ -252,17 +265,23 @@ WITHOUT_OPTIMIZER = """
 CONFIG = EXAMPLE.toml["train"]["config"]
 
 
-def attempt(directory: Path, kill_child_at: int | None = None, sabotage: str = "pass", **environment: str):
+def attempt(
+    directory: Path, kill_child_at: int | None = None, sabotage: str = "pass", steps: int = 4, **environment: str
+):
     """``train`` in a process of its own, whose child is killed when the log has that step: its status and output."""
     directory.mkdir(exist_ok=True)
-    code = ONE_ATTEMPT.format(example=str(EXAMPLE.path), config=CONFIG, sabotage=sabotage.strip())
+    config = {**CONFIG, "overrides": {**CONFIG["overrides"], "max_steps": steps}}
+    code = ONE_ATTEMPT.format(example=str(EXAMPLE.path), config=config, sabotage=sabotage.strip())
     line, env = [sys.executable, "-c", code], {**os.environ, **environment}
     with subprocess.Popen(line, cwd=directory, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as task:
         while kill_child_at and task.poll() is None:
-            logs = [log.read_text() for log in directory.rglob("trainer_log.jsonl")]
+            logs = []
+            with suppress(FileNotFoundError):  # the training deletes its directories, too
+                logs += [log.read_text() for log in below(directory, "trainer_log.jsonl")]
             if any(f'"current_steps": {kill_child_at},' in log for log in logs):
                 for child in Path(f"/proc/{task.pid}/task/{task.pid}/children").read_text().split():
-                    os.kill(int(child), signal.SIGKILL)
+                    with suppress(ProcessLookupError):
+                        os.kill(int(child), signal.SIGKILL)
                 break
             time.sleep(0.005)
         output = task.communicate()[0].decode()
@@ -281,18 +300,19 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 @needs_llama_factory
-def test_the_child_alone_is_killed(tmp_path, uninterrupted):
+def test_the_child_alone_is_killed(tmp_path):
     """As when the machine runs out of memory: each attempt fails with a word about it, and the last one is exact."""
-    resumed = []
-    for step in (1, 2, 3):
-        code, output = attempt(tmp_path / "run", kill_child_at=step)
-        assert code == 1 and "was killed by SIGKILL after step" in output, output[-3000:]
-        resumed += [line for line in output.splitlines() if "resumed at step" in line]
-    code, output = attempt(tmp_path / "run")
+    steps = 24  # it is killed long before it ends, however late that is seen
+    code, output = attempt(tmp_path / "straight", steps=steps)
     assert code == 0, output[-3000:]
-    assert resumed and "resumed at step" in output
+    for step in (1, 2):
+        code, output = attempt(tmp_path / "run", kill_child_at=step, steps=steps)
+        assert code == 1 and "was killed by SIGKILL after step" in output, output[-3000:]
+    code, output = attempt(tmp_path / "run", steps=steps)
+    assert code == 0, output[-3000:]
+    assert "resumed at step" in output
     for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json"):
-        assert (tmp_path / "run/model" / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+        assert (tmp_path / "run/model" / name).read_bytes() == (tmp_path / "straight/model" / name).read_bytes(), name
 
 
 @needs_llama_factory
@@ -343,12 +363,7 @@ def test_llama_factory_knows_every_key(file):
     known = {field.name for kind in classes for field in dataclasses.fields(kind)}
     assert set(arguments) <= known, f"{file}: {set(arguments) - known}"
     if file.startswith("train"):
-        sys.path.insert(0, str(EXAMPLE.path))
-        try:
-            from train import TrainConfig
-        finally:
-            sys.path.remove(str(EXAMPLE.path))
-        config = TrainConfig(file)
+        config = module("train").TrainConfig(file)
         assert config.data_files() and config.arguments["save_steps"] % config.arguments["logging_steps"] == 0
         if "deepspeed" in arguments:
             settings = json.loads(config.path("deepspeed").read_text())
@@ -367,11 +382,75 @@ def test_llama_factory_knows_every_key(file):
     ],
 )
 def test_bad_configurations_are_refused(arguments, message):
-    sys.path.insert(0, str(EXAMPLE.path))
-    try:
-        from train import TrainConfig, parse_overrides
-    finally:
-        sys.path.remove(str(EXAMPLE.path))
-    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    train, options = module("train"), dict(zip(arguments[::2], arguments[1::2], strict=True))
     with pytest.raises(CheckpointError, match=message):
-        TrainConfig(options.get("--config", "train.yaml"), parse_overrides(options.get("--overrides", "")))
+        train.TrainConfig(options.get("--config", "train.yaml"), train.parse_overrides(options.get("--overrides", "")))
+
+
+@needs_llama_factory
+def test_a_grid_needs_something_to_choose_by_and_a_rank():
+    config = module("train").TrainConfig
+    for ranks, overrides, message in (
+        ([4, 8], {"eval_strategy": False}, r"--ranks is \[4, 8\], and no training would log the eval_loss"),
+        ([4, 8], {"eval_on_each_dataset": True}, "without eval_on_each_dataset, or give one rank"),
+        ([8], {"finetuning_type": "full"}, r'--ranks is \[8\] and finetuning_type is full.*say --ranks ""'),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            config(overrides=overrides).check_ranks(ranks)
+    config().check_ranks([4, 8])
+    config(overrides={"finetuning_type": "full"}).check_ranks([])
+    unquoted = config(overrides={"eval_strategy": False})  # how YAML reads no
+    unquoted.check_ranks([8])
+    assert unquoted.arguments["eval_strategy"] == "no"
+    with pytest.raises(CheckpointError, match="save_strategy is no, .* must be steps"):
+        config(overrides={"save_strategy": False})
+    run = run_flow(EXAMPLE, "--overrides", "eval_strategy=no", check=False)
+    assert run.returncode and "no training would log the eval_loss" in run.output and "/train/" not in run.output
+
+
+@needs_llama_factory
+def test_what_the_configuration_names_is_part_of_it(tmp_path):
+    copy = Path(shutil.copytree(EXAMPLE.path, tmp_path / "copy"))
+    config = module("train").TrainConfig(str(copy / "train_deepspeed.yaml"))
+    seen = [config.fingerprint()]
+    for name in ("dataset/questions.json", "dataset/dataset_info.json", "deepspeed_zero2.json"):
+        (copy / name).write_text((copy / name).read_text() + "\n")
+        seen.append(config.fingerprint())
+        assert seen[-1] != seen[-2], name
+    (copy / "deepspeed_zero2.json").unlink()
+    with pytest.raises(CheckpointError, match="deepspeed is 'deepspeed_zero2.json': there is no /"):
+        module("train").TrainConfig(config.file)
+
+
+COMMAND = """#!/bin/sh
+mkdir -p merged && cp "$2" "$(dirname "$0")" && printf 'Assistant: yes\nUser: '
+"""
+
+
+@needs_llama_factory
+def test_a_model_is_merged_and_asked_as_it_was_trained(tmp_path, monkeypatch):
+    """With the template of its configuration, and in the dtype of its base."""
+    import yaml
+
+    for name, file, text in (
+        ("bin", "llamafactory-cli", COMMAND), ("adapter", "adapter_config.json", "{}"),
+        ("base", "config.json", '{"torch_dtype": "bfloat16"}'), ("model", "config.json", '{"dtype": "float32"}'),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(text)
+    (tmp_path / "bin/llamafactory-cli").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    use, config = module("use_model"), module("train").TrainConfig(overrides={"template": "llama3"})
+    use.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", config.for_chat())
+    assert use.ask(tmp_path / "model", "Is it?", config.for_chat()) == "yes"
+    for file, dtype in (("merge.yaml", "bfloat16"), ("infer.yaml", "float32")):
+        keys = yaml.safe_load((tmp_path / "bin" / file).read_text())
+        assert (keys["template"], keys["infer_dtype"]) == ("llama3", dtype)
+
+
+@needs_llama_factory
+def test_all_weights_are_trained_and_nothing_is_evaluated():
+    """There is no adapter to merge then, and nothing to choose."""
+    overrides = EXAMPLE.smoke[EXAMPLE.smoke.index("--overrides") + 1]
+    run = run_flow(EXAMPLE, "--ranks", "", "--overrides", f"{overrides} finetuning_type=full eval_strategy=no")
+    assert "rank of the file: no eval_loss" in run.output and run.data.answer is not None

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,12 +106,72 @@ def test_the_flow_refuses_it_before_a_run_exists(tmp_path):
     assert "'lora_rank' is not a setting: did you mean 'lora_r'?" in run.output and "Traceback" not in run.output
 
 
+def test_the_flow_finds_its_files_in_any_directory(tmp_path):
+    unwanted = shutil.ignore_patterns("checkpoints")
+    there = shutil.copytree(EXAMPLE.path, tmp_path / "my-flow.py" / "lora", ignore=unwanted)
+    (there.parent / "common").symlink_to(REPO / "common")
+    line = [sys.executable, str(there / "flow.py"), "show"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_target_that_the_model_does_not_have_is_refused(lora, world):
     """PEFT itself would train the others and say nothing."""
     config, base, _ = world
     config = dataclasses.replace(config, lora_target_modules=["q_proj", "qkv_proj"])
     with pytest.raises(ValueError, match="local/tiny-llama-chat has no module qkv_proj"):
         lora.add_adapter(config, lora.load_base(config, base))
+
+
+@pytest.fixture(scope="module")
+def tied(world, tmp_path_factory) -> Path:
+    """A base model like the other, but with one matrix for lm_head and embed_tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    directory = tmp_path_factory.mktemp("tied")
+    config = AutoConfig.from_pretrained(world[1])
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(world[1]).save_pretrained(directory)
+    return directory
+
+
+def test_targets_that_share_their_weights_are_refused(settings, world, tied):
+    config, base, _ = world
+    settings.check_targets(config, base)  # these do not
+    with pytest.raises(ValueError, match="lora_target_modules has lm_head, but in local/tiny-llama-chat lm_head and"):
+        settings.check_targets(config, tied)
+    settings.check_targets(dataclasses.replace(config, lora_target_modules=["q_proj"]), tied)
+    settings.check_targets(dataclasses.replace(config, lora_target_modules=["all-linear"]), tied)  # PEFT omits lm_head
+
+
+def test_the_flow_refuses_them_before_the_model_is_loaded(tied):
+    api = common.hub.api("local/tied")
+    api.create_repo("local/tied", exist_ok=True)
+    api.upload_folder(repo_id="local/tied", folder_path=tied)
+    run = run_flow(EXAMPLE, "--base-model", "local/tied", check=False)
+    assert run.returncode and "one matrix (tie_word_embeddings)" in run.output, run.output[-3000:]
+    assert run.output.count("Task is starting") == 1, "it was tried again, or got further"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_merged_model_that_is_another_one_is_noticed(lora, world, tied, tmp_path, right):
+    import torch
+
+    config, base, rows = world
+    base = base if right else tied
+    adapted = lora.add_adapter(config, lora.load_base(config, base))
+    for name, weights in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.1)  # else a new adapter changes nothing
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merged = lora.merge(config, base, tmp_path / "adapter", tmp_path / "merged")
+    arguments = (config, base, tmp_path / "adapter", rows, lora.prepare(config, rows, base), merged)
+    if right:
+        assert len(lora.evaluate(*arguments, samples=1)["samples"]) == 1
+    else:
+        with pytest.raises(ValueError, match="the logits of the merged model differ by [0-9.]+% from those of"):
+            lora.evaluate(*arguments, samples=1)
 
 
 # ------------------------------------------------------------ data
@@ -137,6 +198,16 @@ def test_the_loss_is_on_answers_only(instructions, world, template):
     assert len(seen[0]) == config.val_set_size and not seen[0] & seen[1] and len(seen[0] | seen[1]) == len(rows)
 
 
+def test_an_alpaca_prompt_begins_with_the_bos_token_once(instructions, world):
+    """As the chat templates of the models that have one."""
+    config, base, rows = world
+    config, tokenizer = dataclasses.replace(config, prompt_template="alpaca"), instructions.load_tokenizer(base)
+    before = instructions.tokenize(config, tokenizer, rows[:1])["tokens"]
+    tokenizer.bos_token = "<|im_start|>"
+    after = instructions.tokenize(config, tokenizer, rows[:1])["tokens"]
+    assert after.tolist() == [tokenizer.bos_token_id, *before]
+
+
 def test_what_cutoff_len_leaves_without_an_answer_is_left_out(instructions, world, capsys):
     config, base, rows = world
     config = dataclasses.replace(config, cutoff_len=50)
@@ -159,6 +230,22 @@ def test_what_cutoff_len_leaves_without_an_answer_is_left_out(instructions, worl
 def test_bad_rows_are_refused_by_file_and_number(instructions, text, message):
     with pytest.raises(ValueError, match=message):
         instructions.read_rows({"my.jsonl": text})
+
+
+def test_lines_end_at_newlines_only(instructions):
+    text = "one\u2028two\x85three"
+    line = json.dumps({"instruction": text, "output": "b"}, ensure_ascii=False)
+    assert [row["instruction"] for row in instructions.read_rows({"my.jsonl": f"{line}\r\n{line}\n\n"})] == [text] * 2
+
+
+def test_checkpoints_beside_the_instructions_are_no_instructions(lora, world, tmp_path, monkeypatch):
+    """The second ``python train.py`` in the example's own directory."""
+    config, _, rows = world
+    (tmp_path / "instructions.jsonl").write_bytes((EXAMPLE.path / "instructions.jsonl").read_bytes())
+    (tmp_path / "checkpoints" / "adapter" / "events").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "adapter" / "events" / "0.jsonl").write_text('{"event": "started"}\n')
+    monkeypatch.setattr(lora, "HERE", tmp_path)
+    assert lora.download(config)[1] == rows
 
 
 KILLED = """
@@ -213,11 +300,11 @@ def test_killed_in_mid_shard_no_finished_one_is_tokenized_again(instructions, wo
 # ------------------------------------------------------------ training
 
 
-@pytest.mark.parametrize("loaded", [True, False])
-def test_the_adapter_is_restored(lora, world, tmp_path, monkeypatch, loaded):
+@pytest.mark.parametrize("loaded, dtype", [(True, "float32"), (True, "bfloat16"), (False, "float32")])
+def test_the_adapter_is_restored(lora, world, tmp_path, monkeypatch, loaded, dtype):
     """And the negative control: the same without its weights ends with others."""
     config, base, rows = world
-    config, digests = dataclasses.replace(config, epochs=1), []
+    config, digests = dataclasses.replace(config, epochs=1, dtype=dtype), []
     data = lora.prepare(config, rows, base)
     for place, faults in (("straight", ""), ("killed", "raise@step=3")):
         monkeypatch.setenv("FAULTS", faults)
@@ -264,6 +351,11 @@ def test_a_checkpoint_has_the_adapter_only(lora, world, tmp_path):
 
 
 # ------------------------------------------------------------ the flow
+
+
+def test_without_a_merged_model():
+    run = run_flow(EXAMPLE, *EXAMPLE.smoke, "--epochs", "1", "--merge", "false")
+    assert run.data.perplexity_after < run.data.perplexity_before and "merged" not in run.data
 
 
 @pytest.fixture(scope="module")

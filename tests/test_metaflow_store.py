@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 import toy
 from gallery import REPO, Example, FlowRun, run_flow
+from preforked import python_of
 
-TESTS = Example(REPO / "tests")
+from common import CheckpointManager
+
+TESTS, TOY = Example(REPO / "tests"), REPO / "tests/toy_flow.py"
 
 
 def toy_flow(*arguments: str, **options) -> FlowRun:
@@ -63,6 +67,7 @@ def test_every_damage_is_named_and_survived(straight):
     assert "is mended from its copy" in rejected[2][0]
     assert "state.safetensors: its hash differs" in rejected[3][0]
     assert "manifest.json is missing" in rejected[4][0]
+    assert "the best, step 8 (state.json: 2 bytes instead of" in rejected[4][-1]
     assert only(data, "resumed_from") == [4, 6, 7, 9], "each time the newest valid one"
     assert only(data, "checks")["torn"] == [], "the half-written files of a killed attempt were not swept"
 
@@ -73,6 +78,16 @@ def test_processes_of_one_task_cannot_mix_their_files(straight):
     checks = only(data, "checks")
     assert checks["exits"] == [0, 0, 0]
     assert checks["saved"] == [first + n for first in (100, 200, 300) for n in (1, 2, 3, 4, 5)]
+
+
+@pytest.mark.xdist_group("toy_children")
+def test_a_second_training_in_one_task_is_refused():
+    """It would be given the weights of the first, and say that all steps are done."""
+    checks = only(toy_flow("--case", "twice").data, "checks")
+    assert checks.pop("on purpose") == 16
+    assert list(checks) == ["fold 0", "fold 1"]
+    for message in checks.values():
+        assert "an earlier CheckpointManager has trained in this attempt" in message and "foreach" in message
 
 
 @pytest.mark.xdist_group("toy_resume")
@@ -91,8 +106,68 @@ def test_resume_and_resume_from_continue(straight):
     assert (only(new.data, "digest"), only(new.data, "history")) == straight
     assert only(new.data, "resumed_from") == [7]
     assert f"ToyFlow/{failed.run_id}/train" in new.output
+    # what a resumed run was once told to continue is not what it continues: it has got further
+    dying = ";".join(f"raise@step={step}" for step in range(8, 13))
+    failed = toy_flow("--resume-from", f"{failed.run_id}@7", faults=dying, check=False)
+    assert failed.returncode != 0
+    resumed = toy_flow("--origin-run-id", failed.run_id, command="resume")
+    assert (only(resumed.data, "digest"), only(resumed.data, "resumed_from")) == (straight[0], [11])
+    # a bare `resume`, typed again, resumes the first run again: what the one in between has trained is not lost
+    again = toy_flow("--origin-run-id", failed.run_id, command="resume")
+    assert (only(again.data, "digest"), only(again.data, "resumed_from")) == (straight[0], [12])
+    assert f"run {resumed.run_id}, resumed from run {failed.run_id} before, got further" in again.output
     wrong = toy_flow("--resume-from", "123", check=False)
     assert wrong.returncode != 0 and "run 123 of ToyFlow has no checkpoint of step 'train' that fits" in wrong.output
+
+
+@pytest.mark.parametrize("damage", [b"", b"null", b"{}", b"[3]", b"type", b"attempt", b"step", b"pathspec"])
+def test_a_record_that_is_none_is_mended_from_its_copy(monkeypatch, capsys, damage):
+    """A flipped bit may leave JSON that is no record any more; that must not end every start."""
+    from metaflow import Checkpoint
+
+    task = f"Flipped{uuid.uuid4().hex}/1/train/7"
+    root = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"], ".metaflow/mf.checkpoints/checkpoints/metadata")
+    for attempt, steps in ((0, 4), (1, 8)):
+        monkeypatch.setenv("METAFLOW_CHECKPOINT_UID", f"{task}/same/scope/{attempt}")
+        toy.run(Checkpoint(), keep_last=3, steps=steps, config=None)
+        if attempt == 0:
+            (newest,) = (root / task).glob("*step-00000004*.metadata")
+            before = newest.read_bytes()
+            named = b'"' + damage + b'"'
+            newest.write_bytes(before.replace(named, b'"~' + damage[1:] + b'"') if named in before else damage)
+            assert newest.read_bytes() != before
+    said = capsys.readouterr().out
+    assert "was unreadable and is mended from its copy; resumed at step 4" in said, said
+
+
+def test_a_damaged_record_of_the_run_to_continue_is_named(monkeypatch, capsys):
+    """A kill may leave one; the checkpoint before it is continued."""
+    from metaflow import Checkpoint
+
+    root = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"], ".metaflow/mf.checkpoints/checkpoints/metadata")
+    for run, source in ((1, None), (2, "1")):
+        monkeypatch.setenv("METAFLOW_CHECKPOINT_UID", f"HalfRecorded/{run}/train/7/same/scope/0")
+        with CheckpointManager(Checkpoint(), save_every=1, keep_last=3, resume_from=source) as checkpoints:
+            state = toy.new_state()
+            checkpoints.restore(state, toy.CONFIG)
+            for _ in range(0 if source else 3):
+                checkpoints.step(state)
+        if source is None:
+            (newest,) = (root / "HalfRecorded/1/train/7").glob("*step-00000003*.metadata")
+            newest.write_text(newest.read_text()[:20])
+    assert state.step == 2
+    said = capsys.readouterr().out
+    assert re.search("rejected the record .*step-00000003.* is unreadable; resumed at step 2", said), said
+
+
+@pytest.mark.xdist_group("toy_resume")
+def test_a_step_that_was_done_is_executed_again_from_its_beginning(straight):
+    """``resume STEP`` asks for that, mostly with other code: nobody wants the weights of the old one."""
+    done = toy_flow()
+    again = toy_flow("train", "--origin-run-id", done.run_id, command="resume")
+    assert only(again.data, "resumed_from") == [] and only(again.data, "digest") == straight[0]
+    assert f"run {done.run_id} had done step 'train'" in again.output
+    assert f"--resume-from {done.run_id}" in again.output
 
 
 @pytest.mark.xdist_group("toy_foreach")
@@ -108,25 +183,29 @@ def test_each_branch_of_a_foreach_has_its_own(straight):
 
 @pytest.mark.xdist_group("toy_foreach")
 def test_the_card_of_checkpoint_is_refused(tmp_path):
-    flow = [sys.executable, str(REPO / "tests" / "toy_flow.py"), "run"]
+    flow = [sys.executable, str(TOY), "run"]
     done = subprocess.run(flow, cwd=tmp_path, env={**os.environ, "TOY": "card"}, capture_output=True, text=True)
     assert done.returncode != 0 and 'load_policy="none", show_card=False' in done.stdout + done.stderr
+
+
+def interrupted(cwd: Path, *command: str) -> tuple[int, str]:
+    """The exit status and the output of a command, with Ctrl-C at step 4 of the slow case: all processes get SIGINT."""
+    process = subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    output = ""
+    for line in process.stdout:
+        output += line
+        if line.endswith("] step 4\n"):
+            os.killpg(process.pid, signal.SIGINT)
+    return process.wait(timeout=900), output
 
 
 @pytest.mark.xdist_group("toy_keep")
 def test_ctrl_c_saves_and_resume_continues():
     """G5: the terminal sends SIGINT to all processes; Metaflow kills the task five seconds later."""
     cwd = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"])
-    flow = subprocess.Popen(
-        [sys.executable, str(REPO / "tests/toy_flow.py"), "run", "--case", "slow", "--run-id-file", "interrupted"],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    output = ""
-    for line in flow.stdout:
-        output += line
-        if line.endswith("] step 4\n"):
-            os.killpg(flow.pid, signal.SIGINT)
-    flow.wait(timeout=900)
+    _, output = interrupted(cwd, sys.executable, str(TOY), "run", "--case", "slow", "--run-id-file", "interrupted")
     stopped = re.search(r"stopped at step ([0-9]+): SIGINT was received", output)
     assert stopped and int(stopped[1]) >= 5, output[-3000:]
     resumed = toy_flow("--origin-run-id", (cwd / "interrupted").read_text().strip(), command="resume")
@@ -138,16 +217,8 @@ def test_keep_running_goes_on_beyond_the_retries(straight):
     """Metaflow gives up after five attempts; keep-running resumes until it is done."""
     faults = ";".join(f"raise@step={step}" for step in (3, 5, 6, 8, 9, 11))
     cwd = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"])
-    command = [
-        sys.executable,
-        "-m",
-        "common",
-        "keep-running",
-        "--",
-        sys.executable,
-        str(REPO / "tests/toy_flow.py"),
-        "run",
-    ]
+    flow = [python_of(TOY), str(TOY), "run"]
+    command = [sys.executable, "-m", "common", "keep-running", "--", *flow]
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, "FAULTS": faults}, capture_output=True, text=True, timeout=900
     )
@@ -158,7 +229,7 @@ def test_keep_running_goes_on_beyond_the_retries(straight):
 @pytest.mark.xdist_group("toy_keep")
 def test_keep_running_gives_up_when_nothing_gets_further():
     cwd = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"])
-    flow = [sys.executable, str(REPO / "tests/toy_flow.py"), "run", "--resume-from", "nothing"]
+    flow = [python_of(TOY), str(TOY), "run", "--resume-from", "nothing"]
     done = subprocess.run(
         [sys.executable, "-m", "common", "keep-running", "--", *flow],
         cwd=cwd,
@@ -169,6 +240,40 @@ def test_keep_running_gives_up_when_nothing_gets_further():
     assert done.returncode != 0 and "three runs in a row" in done.stdout
     wrong = subprocess.run([sys.executable, "-m", "common", "keep-running", "ls"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "error: keep-running needs the command of a flow" in wrong.stderr
+
+
+@pytest.mark.xdist_group("toy_keep")
+@pytest.mark.parametrize("case", ["steps", "tasks"])
+def test_keep_running_looks_at_every_task(case, tmp_path):
+    """One task is far ahead, another gets on a little in each run: that is no reason to give up.
+
+    And where the flow runs, and how, holds for its resumed runs, too.
+    """
+    flow = TOY.with_name("uneven_flow.py")
+    options = ["--max-workers", "1", "--tag=nightly"]
+    command = [python_of(flow), str(flow), "run", *options, "--case", case]
+    done = subprocess.run(
+        [sys.executable, "-m", "common", "keep-running", "--", *command],
+        cwd=tmp_path, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "[keep-running] done after 5 runs" in done.stdout
+    resumed = re.findall(r"\[keep-running\] .* resume --origin-run-id \d+ (.*) --runner-attribute-file", done.stdout)
+    assert resumed == ["--max-workers 1 --tag=nightly"] * 4
+
+
+@pytest.mark.xdist_group("toy_keep")
+def test_keep_running_waits_for_what_ctrl_c_has_the_flow_save():
+    """And it says how to go on; nothing is resumed by itself."""
+    flow = [sys.executable, str(TOY), "run", "--case", "slow", "--max-workers", "2"]
+    cwd = Path(os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"])
+    status, output = interrupted(cwd, sys.executable, "-m", "common", "keep-running", "--", *flow)
+    assert status == 130, output[-3000:]
+    assert re.search(r"stopped at step [0-9]+: SIGINT was received", output), output[-3000:]
+    last = output.splitlines()[-1]
+    assert re.search(
+        r"interrupted; to go on: keep-running -- .*toy_flow.py resume --origin-run-id \d+ --max-workers 2$", last
+    )
 
 
 @pytest.mark.xdist_group("toy_s3")

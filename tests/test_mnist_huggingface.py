@@ -227,7 +227,7 @@ def test_keys_of_the_model_round_trip(digits: ModuleType, tmp_path: Path) -> Non
 )
 def test_save_strategies(digits, tmp_path, monkeypatch, strategy, steps, model_of):
     """What is kept after three epochs of three steps, one kill, and a rotation or not."""
-    options = load("flow").what_to_keep(strategy, "eval_loss", False)
+    options = load("flow").what_to_keep(strategy, "eval_loss")
     config = digits.TrainConfig(epochs=3, batch_size=500)
     if strategy == "best":  # here the first checkpoint is the best: greater is better, and the loss falls
         options["keep_best"], model_of = ("eval_loss", "max"), 3
@@ -250,9 +250,18 @@ def test_save_strategies(digits, tmp_path, monkeypatch, strategy, steps, model_o
 def test_an_unknown_save_strategy_is_refused_by_the_flow(digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "train", digits)
     with pytest.raises(ValueError, match="save-strategy is 'newest' and .*: choose one of best, last, all"):
-        load("flow").MnistHuggingFaceFlow.start(
-            SimpleNamespace(save_strategy="newest", metric="eval_loss", greater_is_better=False)
-        )
+        load("flow").MnistHuggingFaceFlow.start(SimpleNamespace(save_strategy="newest", metric="eval_loss"))
+
+
+def test_the_metric_says_what_is_better(hf, tmp_path):
+    """As TrainingArguments infers it."""
+    for metric in ("eval_loss", "eval_accuracy"):
+        inferred = hf.TrainingArguments(
+            str(tmp_path), metric_for_best_model=metric, load_best_model_at_end=True, save_strategy="epoch",
+            eval_strategy="epoch", use_cpu=True,
+        )  # fmt: skip
+        mode = "max" if inferred.greater_is_better else "min"
+        assert load("flow").what_to_keep("best", metric) == {"keep_best": (metric, mode)}
 
 
 def test_the_real_data_set_at_a_revision(digits, tmp_path, monkeypatch):

@@ -546,6 +546,21 @@ def test_accuracy_and_model_file(digits: ModuleType, tmp_path: Path) -> None:
     assert [path.name for path in result.path.iterdir()] == ["model.safetensors"]
 
 
+def test_early_stopping_needs_nothing(pl: Any, digits: ModuleType, monkeypatch: Any, tmp_path: Path) -> None:
+    """A user's EarlyStopping in train.py: it ends well, and so does a start after the end."""
+
+    def trainer(*, callbacks: list[Any], **options: Any) -> Any:
+        patience = pl.callbacks.EarlyStopping("val_loss", min_delta=9.0, patience=1)
+        return pl.Trainer(callbacks=[patience, *callbacks], **options)
+
+    monkeypatch.setattr(digits, "Trainer", trainer)
+    config = digits.TrainConfig(epochs=4, batch_size=360)
+    for _ in range(2):
+        with CheckpointManager(tmp_path) as checkpoints:
+            result = digits.train(config, checkpoints)
+        assert result.history[-1]["epoch"] == 2 < config.epochs
+
+
 def test_mnist(digits: ModuleType, monkeypatch: Any, tmp_path: Path) -> None:
     """torchvision's MNIST is used as it is, with 100 images in the place of the download."""
     import torch

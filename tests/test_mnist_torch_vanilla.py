@@ -94,22 +94,58 @@ def test_bad_parameters_are_refused_before_anything_is_written(arguments, messag
 # -------------------------------------------------------------------- nothing but @checkpoint
 
 
+SAY = """
+import os, time
+from pathlib import Path
+
+def say(line):
+    held = (Path(os.environ["HELD"]) / line).exists()  # asked first: the test takes it away when it sees the line
+    print(line, flush=True)
+    time.sleep(900 * held)
+"""
+
+
+def held_copy(folder: Path) -> Path:
+    """The example, whose plain flow waits at the lines at which a test kills it: no kill can come too late."""
+    if folder.exists():
+        return folder  # one for all runs, so that its imports are made once
+    folder.mkdir()
+    for path in EXAMPLE.path.glob("*.py"):
+        (folder / path.name).write_text(path.read_text())
+    (folder / "saying.py").write_text(SAY)
+    lines = r"print\((f\"(?:starts at|finished) epoch [^\"]*\"), flush=True\)"
+    source, count = re.subn(lines, r'__import__("saying").say(\1)', (folder / "plain_flow.py").read_text())
+    assert count == 2
+    (folder / "plain_flow.py").write_text(source)
+    before, head, after = (folder / "flow.py").read_text().partition("    def evaluate(self):\n")
+    assert head
+    (folder / "flow.py").write_text(f'{before}{head}        __import__("saying").say("evaluates")\n{after}')
+    return folder
+
+
 class PlainRun:
     """plain_flow.py as a subprocess, with something done to it when a line appears."""
 
-    def __init__(self, *arguments: str, when: dict[str, Callable[[int], None]] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, when: dict[str, Callable[[int], None]] | None = None, file: str = "plain_flow.py"
+    ) -> None:
         self.cwd = Path(tempfile.mkdtemp(dir=os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"]))
-        script = EXAMPLE.path / "plain_flow.py"
+        script, held = held_copy(self.cwd.parent / "mnist_torch_vanilla_held") / file, self.cwd / "held"
+        held.mkdir()
+        for text in when or {}:
+            (held / text).touch()
         command = [python_of(script), str(script), *arguments, "--run-id-file", "run_id"]
         flow = subprocess.Popen(
-            command, cwd=self.cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
-        )
-        watchdog = threading.Timer(200, flow.kill)
+            command, cwd=self.cwd, env={**os.environ, "HELD": str(held)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
+        )  # fmt: skip
+        watchdog = threading.Timer(900, flow.kill)
         watchdog.start()
         waiting, self.output = dict(when or {}), ""
         for line in flow.stdout:
             self.output += line
             for text in [text for text in waiting if text in line]:
+                (held / text).unlink()  # the next attempt does not wait there
                 waiting.pop(text)(int(re.search(r"\(pid ([0-9]+)\)", line)[1]))
         flow.wait()
         watchdog.cancel()
@@ -142,6 +178,12 @@ def plain():
     run = PlainRun(*ARGUMENTS)
     assert run.returncode == 0, run.output[-3000:]
     return run
+
+
+def test_a_kill_after_the_training_is_survived():
+    """SIGKILL for the step that evaluates, which makes no checkpoints: @retry does it again."""
+    run = PlainRun("run", *EXAMPLE.smoke, when={"evaluates": kill}, file="flow.py")
+    assert run.returncode == 0 and run.output.count("Task is starting (retry)") == 1, run.output[-3000:]
 
 
 def test_plain_survives_a_kill_but_repeats_the_epoch(plain):

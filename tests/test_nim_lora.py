@@ -6,6 +6,7 @@ The NIM container cannot run here. A stub stands for what a client sees of it: a
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,9 +29,9 @@ EXAMPLE = Example(REPO / "nim_lora")
 pytestmark = pytest.mark.xdist_group("nim_lora")
 
 
-def load_module(name: str):
+def load_module(name: str, directory: Path = EXAMPLE.path):
     """A file of the example under a name of its own, because other examples have such files, too."""
-    spec = importlib.util.spec_from_file_location(f"nim_lora_{name}", EXAMPLE.path / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"nim_lora_{name}", directory / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -180,6 +181,23 @@ def test_rows_that_are_no_dialogues_are_named():
     assert len(settings.load_dialogues(config)) >= 150
 
 
+def test_json_lines_end_at_line_feeds_only():
+    """A text may have a U+2028, at which splitlines() cuts, and a file a blank last line."""
+    settings = load_module("settings")
+    messages = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "d"}]
+    line = json.dumps({"messages": messages}, ensure_ascii=False)
+    config = settings.TrainConfig()
+    assert settings.load_dialogues(config, "\r\n".join([line] * 8) + "\n\n") == [messages] * 8
+    with pytest.raises(ValueError, match="dialogues, row 3: it must be one JSON object: "):
+        settings.load_dialogues(config, "\n".join([line, "", line[:-1], line]))
+
+
+def test_the_dialogues_lie_beside_the_flow_wherever_that_is(tmp_path):
+    copy = shutil.copytree(EXAMPLE.path, tmp_path / "my-flow.py" / "nim_lora")
+    flow = load_module("flow", Path(copy)).NimLoraFlow
+    assert str(Path(copy, "dialogues.jsonl")) in str(vars(flow.dialogues))
+
+
 LABELS = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
@@ -208,6 +226,88 @@ def test_only_what_the_assistant_says_is_learnt(tmp_path):
     dialogue = settings.load_dialogues(settings.TrainConfig())[1]  # the first is held out
     assert all(message["content"] in whole for message in dialogue)
     assert learnt == "".join(f"{m['content']}<|im_end|>" for m in dialogue if m["role"] == "assistant")
+
+
+LLAMA_3_1 = """
+import shutil
+from pathlib import Path
+from transformers import AutoTokenizer
+from trl import chat_template_utils
+
+base = Path(shutil.copytree(train.download(train.pinned(train.TrainConfig())), "base"))
+(base / "chat_template.jinja").write_text(chat_template_utils.llama3_1_chat_template)
+tokenizer = AutoTokenizer.from_pretrained(base)
+marked = train.training_template(tokenizer, "Llama 3.1")
+call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+said = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": " Hi"},
+        {"role": "assistant", "content": " Hello "}, {"role": "user", "content": "When?"},
+        {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "noon"},
+        {"role": "assistant", "content": "Noon."}]
+for end in range(2, len(said) + 1):
+    for options in ({}, {"add_generation_prompt": True}, {"tools": [call]}):
+        texts = [tokenizer.apply_chat_template(said[:end], tokenize=False, chat_template=template, **options)
+                 for template in (tokenizer.chat_template, marked)]
+        assert texts[0] == texts[1], texts
+"""
+
+
+def test_llama_3_1_is_trained_with_marks_in_its_own_template(tmp_path):
+    """TRL has the template of the model in README.md, and no way to train with it."""
+    code = LABELS.replace("\ntrain.LoraTrainer.train", f"{LLAMA_3_1}\ntrain.LoraTrainer.train")
+    code = code.replace("checkpoints)\n", "checkpoints, base)\n")
+    line = [sys.executable, "-c", code, str(EXAMPLE.path)]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, learnt = json.loads(done.stdout.splitlines()[-1])
+    settings = load_module("settings")
+    dialogue = settings.load_dialogues(settings.TrainConfig())[1]
+    assert "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024" in whole
+    assert learnt == "".join(f"{m['content']}<|eot_id|>" for m in dialogue if m["role"] == "assistant")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0]['content'] }}", "local/untrainable has no chat template with {% generation %}"),
+        ("{% generation %}{{ strftime_now('%d') }}{% endgeneration %}", "writes today's date into each dialogue"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_is_refused_before_the_weights_come(tmp_path, template, message):
+    from common import hub
+
+    root = hub.api("local/tiny-llama-chat").snapshot_download("local/tiny-llama-chat", local_dir=tmp_path / "base")
+    Path(root, "chat_template.jinja").write_text(template)
+    Path(root, "model.safetensors").write_text("nobody reads them")
+    api = hub.api("local/untrainable")
+    api.create_repo("local/untrainable", exist_ok=True)
+    api.upload_folder(repo_id="local/untrainable", folder_path=root)
+    run = run_flow(EXAMPLE, *EXAMPLE.smoke, "--base-model", "local/untrainable", check=False)
+    assert run.returncode and message in run.output, run.output[-3000:]
+    assert "/train/" not in run.output
+
+
+ON_A_GPU = """
+import sys
+from types import SimpleNamespace
+sys.path.insert(0, sys.argv[1])
+import train
+
+class Model:
+    def eval(self):
+        return self
+
+    def to(self, device):
+        sys.exit(f"moved to {device}")
+
+train.torch.cuda.is_available = lambda: True
+train.AutoTokenizer = train.AutoModelForCausalLM = SimpleNamespace(from_pretrained=lambda *_, **__: Model())
+train.answers("model", ["Hi"])
+"""
+
+
+def test_a_gpu_that_is_there_answers():
+    done = subprocess.run([sys.executable, "-c", ON_A_GPU, str(EXAMPLE.path)], capture_output=True, text=True)
+    assert done.stderr.endswith("moved to cuda\n"), done.stderr[-3000:]
 
 
 # -------------------------------------------------------------------- NIM's side, by a stub
@@ -319,10 +419,11 @@ def test_chat_says_what_is_wrong(tmp_path, chat):
     source.mkdir()
     with stub_nim(source, answers_before_ready=10**6) as nim:
         status, out, _ = chat("Hello?", "--url", nim.url, "--wait", "1")
-        assert "is still loading after 1 seconds (it says: HTTP 503)" in status and not out and not nim.received
+        assert re.search(r"is still loading after \d+ seconds \(it says: HTTP 503\)", status) and not out
+        assert not nim.received
         url = nim.url
     status, out, _ = chat("Hello?", "--url", url, "--wait", "1")
-    assert f"there is no server at {url} after 1 seconds: start one with" in status and not out
+    assert re.search(rf"there is no server at {url} after \d+ seconds: start one with", status) and not out
     assert chat("Hello?", "--url", "127.0.0.1:8000")[0] == 2
     assert chat()[0] == 2
 
@@ -333,7 +434,7 @@ def test_chat_says_what_is_wrong(tmp_path, chat):
 @pytest.fixture(scope="module")
 def killed_run():
     run = run_flow(EXAMPLE, *EXAMPLE.smoke, "--push-to", "local/helpdesk", faults="kill@step=5")
-    assert run.data.resumed_from == [4], run.output[-3000:]
+    assert run.data.resumed_from in ([2], [4]), run.output[-3000:]  # the kill may take a save with it
     return run
 
 
@@ -364,7 +465,9 @@ def test_from_a_killed_training_to_an_answer(killed_run, tmp_path):
         server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:
         url = f"http://127.0.0.1:{port}"
-        done = script("chat.py", "What is a checkpoint?", "--url", url, "--max-tokens", "40", cwd=tmp_path)
+        done = script(
+            "chat.py", "What is a checkpoint?", "--url", url, "--max-tokens", "40", "--wait", "900", cwd=tmp_path
+        )
         assert done.stdout.strip() == killed_run.data.answers[0], (tmp_path / "log").read_text()[-2000:]
         assert len(done.stdout.strip()) > 5
         assert script("chat.py", "--list", "--url", url, cwd=tmp_path).stdout == "helpdesk\n"
@@ -375,9 +478,9 @@ def test_from_a_killed_training_to_an_answer(killed_run, tmp_path):
         assert list(temporary.glob("nim-lora-*"))
     finally:
         server.terminate()
-        assert server.wait(20) == 143
+        assert server.wait(120) == 143
     assert not list(temporary.glob("nim-lora-*")), "serve.py left its directory behind"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)):

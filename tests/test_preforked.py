@@ -1,7 +1,9 @@
 """The python that has imported already behaves as one that has just been started."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import preforked
 import pytest
+import stand_in
 
 SCRIPT = """
 import atexit, os, random, signal, sys, time
@@ -75,6 +78,73 @@ def test_it_dies_with_its_stand_in(python):
     pytest.fail("the script goes on without the process that started it")
 
 
+def test_nothing_is_left_of_a_stand_in_that_is_killed_while_it_asks(either):
+    folder = Path(either[0]).parent
+    for asked in ([], [(1000).to_bytes(8, "little")], [(1000).to_bytes(8, "little"), b"{"]):
+        with socket.socket(socket.AF_UNIX) as client:
+            wait_for(lambda: (folder / "socket").exists())
+            client.connect(str(folder / "socket"))
+            for part in asked:
+                socket.send_fds(client, [part], [0, 1, 2]) if len(part) == 8 else client.sendall(part)
+    wait_for(lambda: len(served_from(folder)) == 1)
+
+
+def served_from(folder):
+    """The processes that serve commands from there."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"{folder}/socket".encode() in path.read_bytes().split(b"\0"):
+                found.append(path)
+    return found
+
+
+def wait_for(condition):
+    limit = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit, "it never happened"
+        time.sleep(0.05)
+
+
+PARENT = """
+import subprocess, sys, time
+subprocess.Popen([sys.argv[1], "-u", sys.argv[2], "wait"])
+time.sleep(60)
+"""
+
+
+@pytest.fixture(params=[True, False], ids=["of a gang", "alone"])
+def either(request, tmp_path):
+    (tmp_path / "flow.py").write_text(SCRIPT)
+    command = preforked.Preforked("python", "preforked:script", [], of_a_gang=request.param)
+    yield str(command.directory / "python"), str(tmp_path / "flow.py"), request.param
+    command.close()
+
+
+def test_a_process_of_a_gang_dies_with_the_one_that_started_it(either):
+    """As it asks for itself. Other processes do not ask for it, and go on."""
+    python, script, of_a_gang = either
+    line = [sys.executable, "-c", PARENT, python, script]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env={**os.environ, "GIVEN": "x"}) as parent:
+        pid = int([parent.stdout.readline() for _ in range(3)][-1])
+        parent.kill()
+        time.sleep(1)
+        assert Path(f"/proc/{pid}").exists() != of_a_gang
+        if not of_a_gang:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_torchrun_and_its_ranks(tmp_path):
+    (tmp_path / "rank.py").write_text(
+        "import os, sys; print(os.environ['RANK'], sys.argv[1:], 'decimal' in sys.modules)"
+    )
+    command = preforked.Preforked("python", "preforked:script", [*stand_in.MODULES, "decimal"], of_a_gang=True)
+    line = [command.directory / "python", "-m", *stand_in.MODULES, "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*line, tmp_path / "rank.py", "given"], capture_output=True, text=True, timeout=900)
+    command.close()
+    assert sorted(done.stdout.splitlines()) == ["0 ['given'] True", "1 ['given'] True"], done.stderr
+
+
 def test_what_it_cannot_do_is_done_by_the_real_one(python):
     done = subprocess.run([python[0], "-c", "import sys; print(sys.executable)"], capture_output=True, text=True)
     assert done.stdout.strip() == sys.executable
@@ -99,6 +169,6 @@ def test_it_says_so_when_it_cannot_import(tmp_path):
     """A module that imports Metaflow by itself would hide its configuration from the starts that have another one."""
     script = tmp_path / "flow.py"
     script.write_text("from common import metaflow_store\nfrom metaflow import FlowSpec\n")
-    done = subprocess.run([preforked.python_of(script), script], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([preforked.python_of(script), script], capture_output=True, text=True, timeout=900)
     preforked.close()
     assert done.returncode == 1 and "could not, see above" in done.stderr

@@ -2,7 +2,9 @@
 
 import json
 import os
+import queue
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from gallery import REPO, Example, run_flow
 
 from common import CheckpointError, CheckpointManager, Publisher, publish
 from common import hub as hub_module
+from common import publisher as publisher_module
 from common.__main__ import main
 from common.hub import HubError
 from common.loopback_hub import LoopbackHub
@@ -90,7 +93,7 @@ def files(hub, repo="user/toy", revision="main") -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit, "it never happened"
@@ -327,7 +330,7 @@ def toy_weights(checkpoints):
 
 
 def background(repo="user/toy", place=None, **options) -> Publisher:
-    return Publisher(repo, place, **{"interval": 0.05, "timeout": 2, "patience": 30, **options})
+    return Publisher(repo, place, **{"interval": 0.05, "timeout": 5, "patience": 300, **options})
 
 
 def test_while_it_trains(hub, task, tmp_path, capsys):
@@ -402,6 +405,34 @@ def test_it_catches_up(hub, task, capsys):
     assert text.count("could not be pushed") == 1 and text.count("is on user/toy again (commit") == 1
     titles = commits(hub)
     assert "Push step 1 of Outage/1/train/7" not in titles and titles[0] == "Push step 12 of Outage/1/train/7"
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_no_failure(hub, tmp_path, monkeypatch):
+    """The training deletes what it does not keep, whoever reads it; the newest one is pushed instead, at once."""
+    toy.run(tmp_path / "c", keep_last=3, keep_best=None)
+    orders, news, tried, export = queue.SimpleQueue(), [], [], publish.export
+
+    def delete_first(place, item, *rest):
+        tried.append(Path(item.entry.where))
+        if len(tried) == 1:
+            shutil.rmtree(item.entry.where)
+        export(place, item, *rest)
+
+    def report(line):
+        news.append(line)
+        orders.put(None)
+
+    monkeypatch.setattr(publish, "export", delete_first)
+    orders.put({**Publisher("user/toy", tmp_path / "c")._order, "target": str(tmp_path / "c"), "interval": 600})
+    publisher_module._background(orders, report)
+    assert len(tried) == 2 and not tried[0].exists() and tried[1].exists()
+    assert len(news) == 1 and "commit" in news[0], news
+    # one that stays and cannot be read is a failure
+    state = tried[1] / "state.json"
+    state.write_bytes(state.read_bytes()[::-1])
+    orders.put({**Publisher("user/toy", tmp_path / "c")._order, "target": str(tmp_path / "c"), "interval": 600})
+    publisher_module._background(orders, report)
+    assert len(tried) == 3 and "state.json" in news[1]["failed"]
 
 
 def test_strategies(hub, task, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import toy
-from gallery import REPO
+from gallery import REPO, below
 
 from common import CheckpointManager, report
 from common.report import Cost, attempts, cost_table, time_left, training_chart, training_headline
@@ -221,6 +221,8 @@ def test_how_far_a_killed_attempt_got_is_noted_while_it_trains(tmp_path: Path, m
 
 
 def test_a_training_in_another_process_is_drawn_while_it_goes_on(tmp_path: Path):
+    from metaflow import cards  # noqa: F401  # else the first drawing imports it, and pauses in proportion
+
     card, told = FakeCard(), tmp_path / "told"
     with report.follow(card, told), CheckpointManager(tmp_path / "here", card=told) as checkpoints:
         state = toy.new_state()
@@ -228,7 +230,7 @@ def test_a_training_in_another_process_is_drawn_while_it_goes_on(tmp_path: Path)
         for reached in (2, 4):
             while state.step < reached:
                 checkpoints.step(state, {"loss": 1.0 / (state.step + 1)})
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 300
             while not card.parts or card.parts[1].render()["value"] < reached:
                 assert time.monotonic() < deadline, "the card does not show what the training has done"
                 time.sleep(0.1)
@@ -279,18 +281,30 @@ def test_a_card_that_raises_does_not_stop_a_training(tmp_path: Path, method: str
     assert capsys.readouterr().out.count("the card is not drawn any more: RuntimeError: no such card") == 1
 
 
+def test_a_failed_attempts_last_word_is_on_its_card(tmp_path: Path):
+    """Metaflow renders nothing when a task has failed, and refreshes a card every few seconds only."""
+    card = FakeCard()
+    card.parts_when_refreshed = []
+    card.refresh = lambda: card.parts_when_refreshed.append(card.parts[0].render()["source"])
+    with pytest.raises(ValueError), CheckpointManager(tmp_path, card=card) as checkpoints:
+        checkpoints.restore(toy.new_state(), toy.CONFIG)
+        raise ValueError("a bug")
+    assert card._last_refresh == 0 and "ValueError" in card.parts_when_refreshed[-1]
+
+
 def test_what_blocks_the_training_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     real = CheckpointManager._save_state
     monkeypatch.setattr(CheckpointManager, "_save_state", lambda *a, **k: (time.sleep(0.05), real(*a, **k)))
     with CheckpointManager(tmp_path, save_every=1) as checkpoints:
         state = toy.new_state()
         checkpoints.restore(state, toy.CONFIG)
+        began = time.monotonic()
         for _ in range(4):  # an adapter's save calls the manager's
             state.step += 1
             checkpoints.boundary(state.step, lambda: checkpoints.save(state))
     last = checkpoints._events.events[-1]
     assert last["event"] == "ended" and last["step"] == 4
-    assert 0.2 <= last["blocked"] < 0.38
+    assert 0.2 <= last["blocked"] <= time.monotonic() - began + 0.001, "counted twice it would be longer than it took"
 
 
 # ---------------------------------------------------------------- drawn by Metaflow and a browser
@@ -306,8 +320,30 @@ def real_card() -> Path:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     shown = re.search(r"the card of the whole training: --hash (\w+)", done.stdout)
     assert shown, done.stdout
-    (path,) = root.glob(f"**/CardToyFlow/**/cards/blank-training-{shown[1]}*.html")
+    (path,) = below(root, f"CardToyFlow/**/cards/blank-training-{shown[1]}*.html")
     return path
+
+
+def test_a_refresh_writes_what_metaflow_would_and_starts_no_process():
+    """The contract with Metaflow's private parts; with one that has changed inside its own process does it."""
+    cwd = tempfile.mkdtemp(dir=os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"])
+    line = [sys.executable, str(REPO / "tests" / "card_refresh_flow.py"), "run"]
+    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(Path(cwd, "found.json").read_text())
+    assert found.pop("nice") == 10
+    assert {name: entry["processes"] for name, entry in found.items()} == {
+        "page": 1, "too early": 1, "in place": 1, "by Metaflow": 2, "changed inside": 3, "another part": 4,
+    }  # fmt: skip
+    assert not found["page"]["files"] and not found["too early"]["files"]
+    here, theirs, changed, another = (found[name] for name in list(found)[2:])
+    assert len(here["files"]) == 1 and here["files"] == theirs["files"] == another["files"]
+    assert here["content"].pop("created_on") < theirs["content"].pop("created_on")
+    assert here["content"] == theirs["content"]
+    (part,) = changed["content"]["data"].values()
+    assert part["source"].strip() == "c"
+    assert len(another["content"]["data"]) == 2
+    assert another["content"]["reload_token"] != here["content"]["reload_token"]
 
 
 def test_metaflow_renders_the_card_when_the_task_is_done(real_card: Path):

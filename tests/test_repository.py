@@ -11,7 +11,7 @@ from gallery import REPO, Example
 ADAPTERS = {"keras", "lightning", "transformers", "xgboost", "diffusers", "distributed", "foreign"}
 # the street: a module may import those before it
 ROOMS = [
-    {"cores", "errors"},
+    {"cores", "errors", "metaflow_card"},
     {"encoding", "events", "loopback_hub", "manifest", "policy", "process", "redact", "scratch", "stop", "writer"},
     {"data", "faults", "model_card", "report", "sampler", "snapshot", "state", "tensors", "tiny_models"},
     {"hub", "s3", "store"},
@@ -29,7 +29,7 @@ ROOMS = [
 def relative_imports(source: str) -> set[str]:
     tree = ast.parse(source)
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    return {node.module or "" for node in nodes}
+    return {name for node in nodes for name in ([node.module] if node.module else [one.name for one in node.names])}
 
 
 def test_common_is_a_one_way_street():
@@ -40,9 +40,21 @@ def test_common_is_a_one_way_street():
         assert not re.search(r"^\s*(from|import) common\b", source, re.MULTILINE), (
             f"{path.name}: imports must be relative"
         )
-        for name in relative_imports(source) - {""}:
+        for name in relative_imports(source):
             here, there = place[path.stem], place[name]
             assert there < here or (there == here and name not in ADAPTERS), f"{path.stem} must not import {name}"
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in sorted(REPO.glob("*/example.toml"))])
+def test_each_step_that_works_is_retried(name):
+    """A kill after the training ends no run. start only checks parameters and downloads, end only prints."""
+    steps = {
+        function.name: [ast.unparse(decorator) for decorator in function.decorator_list]
+        for function in ast.walk(ast.parse((REPO / name / "flow.py").read_text()))
+        if isinstance(function, ast.FunctionDef)
+    }
+    steps = {name: lines for name, lines in steps.items() if "step" in lines and name not in ("start", "end")}
+    assert steps and not [name for name in steps if "retry(times=4, minutes_between_retries=0)" not in steps[name]]
 
 
 def test_importing_common_needs_the_standard_library_only():
@@ -107,6 +119,23 @@ def test_no_machine_paths_and_no_secrets_in_the_sources():
         text = path.read_text()
         assert not re.search(r"/(root|work|home)/\w+|/Users/\w+", text), f"{name} has a path of a machine"
         assert "BEGIN PRIVATE KEY" not in text
+
+
+def test_every_link_leads_somewhere():
+    """Within the repository, with the heading that it names."""
+    pages = subprocess.run(["git", "ls-files", "*.md"], cwd=REPO, capture_output=True, text=True, check=True)
+    for page in (REPO / name for name in pages.stdout.split()):
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if "://" in target:
+                continue
+            path, _, heading = target.partition("#")
+            file = (page.parent / path) if path else page
+            assert file.exists(), f"{page.relative_to(REPO)}: {target} is missing"
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert heading in anchors, f"{page.relative_to(REPO)}: {target} names a heading that is not there"
 
 
 def test_lint():

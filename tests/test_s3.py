@@ -139,7 +139,7 @@ def test_contract_with_the_library(enter):
     assert isinstance(store._library.backend, s3.S3Backend), "metaflow-checkpoint has moved: see common/s3.py"
     for part in (private.artifact_store, private.metadata_store, private.artifact_metadatastore):
         assert part._backend is store._library.backend
-    assert isinstance(Reader()._backend, s3.S3Backend)
+    assert isinstance(Reader().backend, s3.S3Backend)
 
 
 def test_the_objects_are_those_of_the_library(enter, client, tmp_path):

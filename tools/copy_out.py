@@ -47,7 +47,7 @@ import sys
 from pathlib import Path
 
 FLOW = Path(__file__).resolve().parent / "flow.py"
-ARGUMENTS = {arguments}  # of a tiny run
+ARGUMENTS = {arguments}  # of a tiny run, of ten steps or more, with several checkpoints
 
 READ = """
 import json, sys
@@ -88,9 +88,13 @@ def run_flow(directory, faults):
 def test_killed_and_resumed(tmp_path):
     straight = run_flow(tmp_path / "straight", "")
     assert straight["resumed_from"] == []
-    middle = straight["history"][-1]["step"] * 2 // 3
+    last = straight["history"][-1]["step"]
+    middle = last * 2 // 3
     killed = run_flow(tmp_path / "killed", f"kill@step={{middle}}")
-    assert len(killed["resumed_from"]) == 1, "it did not resume"
+    assert len(killed["resumed_from"]) == 1, (
+        f"it did not resume: killed after step {{middle}} of {{last}} it had no checkpoint; change ARGUMENTS so that "
+        "there are more steps, or checkpoints more often"
+    )
     assert killed["history"] == straight["history"]
     assert killed["digest"] == straight["digest"], "it is not what the uninterrupted run gives, bit for bit"
 '''

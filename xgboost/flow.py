@@ -16,6 +16,7 @@ class XGBoostFlow(FlowSpec):
     patience = Parameter("patience", default=50, help="rounds without a lower validation loss; 0: never stop early")
     learning_rate = Parameter("learning-rate", default=0.2, help="shrinkage of each tree")
     segment = Parameter("segment", default=10, help="rounds in a segment; checkpoints fall on its multiples")
+    threads = Parameter("threads", default=1, help="of XGBoost; more pay off from some ten thousand rows on")
     save_every = Parameter("save-every", default="10", help="rounds (20), time (10m) or both (500,10m)")
     resume_from = Parameter("resume-from", default="", help="continue another run: RUN or RUN@STEP")
     allow_changes = Parameter("allow-changes", default=False, help="continue although the configuration differs")
@@ -36,6 +37,7 @@ class XGBoostFlow(FlowSpec):
                 patience=self.patience,
                 learning_rate=self.learning_rate,
                 segment=self.segment,
+                threads=self.threads,
             )
         )
         self.next(self.train)
@@ -71,6 +73,7 @@ class XGBoostFlow(FlowSpec):
         self.next(self.evaluate)
 
     @card(type="blank")
+    @retry(times=4, minutes_between_retries=0)
     @model(load="classifier")  # by the artifact's name
     @step
     def evaluate(self):

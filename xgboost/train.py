@@ -50,7 +50,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    path: Path  # a directory with model.ubj: the model of the round with the lowest validation loss
+    path: Path  # a directory with model.ubj: the model of the best round, by validation loss; of all with patience 0
     history: list
     weights_digest: str
     rounds: int  # in the model

@@ -137,8 +137,7 @@ def test_a_process_of_a_gang_dies_with_the_one_that_started_it(either):
 def test_torchrun_and_its_ranks(tmp_path):
     # one write for each line: torchrun starts ranks with -u, and what print() writes piece by piece gets mixed
     (tmp_path / "rank.py").write_text(
-        "import os, sys\n"
-        "os.write(1, f\"{os.environ['RANK']} {sys.argv[1:]} {'decimal' in sys.modules}\\n\".encode())\n"
+        "import os, sys\nos.write(1, f\"{os.environ['RANK']} {sys.argv[1:]} {'decimal' in sys.modules}\\n\".encode())\n"
     )
     command = preforked.Preforked("python", "preforked:script", [*stand_in.MODULES, "decimal"], of_a_gang=True)
     line = [command.directory / "python", "-m", *stand_in.MODULES, "--standalone", "--nproc_per_node=2"]
